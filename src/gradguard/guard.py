@@ -1,0 +1,469 @@
+"""Guard: the lifecycle and cadence around one observed run. It computes nothing itself."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gradguard._cadence import FixedCadence
+from gradguard.config import GuardConfig
+from gradguard.errors import GradGuardWarning, UnhealthyGradientsError, UnsupportedModelError
+from gradguard.findings import Diagnosis, Finding, Severity
+from gradguard.monitors._hooks import HookSet
+from gradguard.monitors.gradients import find_parameters
+from gradguard.observing import Observing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from gradguard.history import History
+
+__all__ = ["Guard", "watch"]
+
+_GUARDS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Guard]] = weakref.WeakKeyDictionary()
+"""The one registry of watched models. Weak on both sides: it keeps nothing alive."""
+
+_WAITING_LOSSES = 4096
+"""Losses kept until the optimizer they belong to has stepped."""
+
+
+def watch(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    config: GuardConfig | None = None,
+    *,
+    scaler: Any = None,
+    **overrides: Any,
+) -> Guard:
+    """Watch a model's gradients while it trains. Attaches at once; the guard is also a context manager.
+
+    Args:
+        model: Any module with trainable parameters.
+        optimizer: The optimizer or optimizers that update it, or ``None`` for a loop that calls :meth:`Guard.step`.
+        config: Thresholds and cadence; defaults otherwise.
+        scaler: The ``torch.amp.GradScaler`` of the loop, if there is one, so that norms are those of unscaled gradients.
+        **overrides: Fields of :class:`gradguard.GuardConfig` by name, for instance ``every=1``.
+
+    Returns:
+        The guard. Watching the same model with the same optimizers again returns the same guard.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind or an option is unknown.
+        UnsupportedModelError: If the model has nothing to train, the optimizer holds none of its parameters, or the model
+            is already watched with other optimizers.
+
+    Example:
+        >>> import torch, gradguard
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with gradguard.watch(model, optimizer) as guard:
+        ...     for _ in range(4):
+        ...         optimizer.zero_grad()
+        ...         loss = model(torch.randn(16, 4)).square().mean()
+        ...         loss.backward()
+        ...         guard.record(loss=loss)
+        ...         optimizer.step()
+        >>> guard.diagnose().healthy
+        True
+    """
+    settings = (config if config is not None else GuardConfig()).with_overrides(**overrides)
+    optimizers = check_optimizers(optimizer)
+    check_model(model, optimizers)
+    known = _GUARDS.get(model)
+    guard = known() if known is not None else None
+    if guard is not None and guard.attached:
+        if guard._holds(optimizers):
+            return guard
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is already watched with {guard._describe_optimizers()}, and cannot be watched with "
+            f"other optimizers at the same time. Call detach() on the first guard, or pass all optimizers in one call: "
+            "gradguard.watch(model, [first, second])"
+        )
+    return Guard(model, optimizers, settings, scaler=scaler)
+
+
+class Guard:
+    """Watches one model: decides when to observe, never how. Made by :func:`watch`.
+
+    With an optimizer, a step hook counts the steps; the hook also keeps the guard alive as long as the optimizer lives.
+    ``record()`` is the reading point: after ``backward`` and before any clipping. Where it is not called, the step hook
+    reads what the optimizer is about to use.
+
+    Attributes:
+        config: Thresholds and cadence.
+        attached: Whether hooks are in place.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], config: GuardConfig, *, scaler: Any = None
+    ) -> None:
+        """Attach to a model; use :func:`watch`, which checks its arguments first."""
+        self.config = config
+        self.attached = True
+        self._model = model
+        self._optimizers = tuple(optimizers)
+        count = max(1, len(self._optimizers))
+        self._observing = Observing(model, self._optimizers, config, on_failure=self._on_monitor_failure, scaler=scaler)
+        self._cadences = [FixedCadence(every=config.every, dense=config.dense_steps) for _ in range(count)]
+        self._steps = [0] * count
+        self._batches = 0
+        self._hooks = HookSet()
+        self._step_hooks = HookSet()
+        self._waiting: deque[tuple[Tensor | float, str]] = deque(maxlen=_WAITING_LOSSES)
+        self._announced: set[tuple[str, str]] = set()
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        for index, optimizer in enumerate(self._optimizers):
+            self._hooks.add(optimizer.register_step_post_hook(_StepHook(self, Guard._after_step, index)))
+        self._arm_if_due()
+        _GUARDS[model] = weakref.ref(self)
+
+    @property
+    def history(self) -> History:
+        """What was observed so far."""
+        self._observing.drain_losses()
+        return self._observing.history
+
+    @property
+    def overhead(self) -> float:
+        """Share of wall time spent in gradguard since the first step, 0 to 1, as seen from the host; NaN before that."""
+        if self._first_s is None or self._last_s <= self._first_s:
+            return math.nan
+        return self._observing.overhead_s / (self._last_s - self._first_s)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps seen, over all optimizers."""
+        return sum(self._steps)
+
+    def record(self, loss: Tensor | float | None = None, *, name: str = "") -> None:
+        """Read the gradients now if this step is to be observed. Call between ``backward`` and your clipping.
+
+        Args:
+            loss: The scalar loss of this backward pass. It is kept for every step, without stopping the device.
+            name: With several optimizers, what to call the one that steps next, for instance ``"generator"``.
+
+        Raises:
+            TypeError: If the loss is neither a tensor nor a number.
+            ValueError: If the loss is not a scalar.
+        """
+        if not self.attached:
+            return
+        started = self._tick()
+        self._batches += 1
+        if loss is not None:
+            self._note_loss(loss, name)
+        if self._armed() and self._guarded("reading gradients", self._observing.read, before_clipping=True) is False:
+            self._explain_missing("record() found no gradients")
+        self._tock(started)
+
+    def step(self) -> None:
+        """Count an optimizer step by hand, in loops whose optimizer is no ``torch.optim.Optimizer``. Call after the update."""
+        if not self.attached:
+            return
+        if self._optimizers:
+            raise UnsupportedModelError(
+                f"step() was called, but the steps of {self._describe_optimizers()} are already counted by a hook. "
+                "Drop the call, or watch the model without an optimizer: gradguard.watch(model)"
+            )
+        self._complete(0)
+
+    def diagnose(self) -> Diagnosis:
+        """Return the verdict on everything observed so far."""
+        return self._observing.diagnose(steps=self.steps, batches=self._batches, overhead=self.overhead)
+
+    def report(self, console: Console | None = None, *, show_all: bool = False) -> Diagnosis:
+        """Print a report and return the diagnosis.
+
+        Args:
+            console: A rich console to print to; standard output otherwise.
+            show_all: Print every layer and every finding, not only the interesting ones.
+        """
+        from gradguard.report.console import print_report
+
+        diagnosis = self.diagnose()
+        print_report(diagnosis, console, show_all=show_all)
+        return diagnosis
+
+    def detach(self) -> None:
+        """Remove every hook. What was observed stays readable; calling twice is harmless."""
+        if not self.attached:
+            return
+        self.attached = False
+        self._hooks.close()
+        self._step_hooks.close()
+        self._observing.drain_losses()
+        self._observing.close()
+        if _GUARDS.get(self._model) is not None and _GUARDS[self._model]() is self:
+            del _GUARDS[self._model]
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _holds(self, optimizers: Sequence[Optimizer]) -> bool:
+        return len(optimizers) == len(self._optimizers) and all(
+            mine is other for mine, other in zip(self._optimizers, optimizers, strict=True)
+        )
+
+    def _describe_optimizers(self) -> str:
+        return ", ".join(type(opt).__name__ for opt in self._optimizers) or "no optimizer"
+
+    def _armed(self) -> bool:
+        return any(cadence.due(step) for cadence, step in zip(self._cadences, self._steps, strict=True))
+
+    def _arm_if_due(self) -> None:
+        if not self._armed():
+            self._step_hooks.close()
+            self._observing.disarm()
+            return
+        self._observing.arm()
+        if not len(self._step_hooks):
+            for index, optimizer in enumerate(self._optimizers):
+                self._step_hooks.add(optimizer.register_step_pre_hook(_StepHook(self, Guard._before_step, index)))
+
+    def _note_loss(self, loss: Tensor | float, name: str) -> None:
+        if len(self._steps) > 1:
+            if isinstance(loss, torch.Tensor):
+                loss = loss.detach().clone()
+            self._waiting.append((loss, name))
+            return
+        value = self._observing.losses.note(loss, step=self._steps[0], optimizer=0)
+        if isinstance(loss, torch.Tensor) and loss.device.type == "cpu" and not math.isfinite(value):
+            self._cadences[0].look_closer(self._steps[0])
+
+    def _assign_losses(self, index: int) -> None:
+        while self._waiting:
+            loss, name = self._waiting.popleft()
+            self._observing.losses.note(loss, step=self._steps[index], optimizer=index)
+            if name:
+                self._observing.labels[index] = name
+
+    def _before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        started = self._tick()
+        closure_at = next((at for at, value in enumerate(args) if at > 0 and callable(value)), None)
+        closure = kwargs.get("closure") if closure_at is None else args[closure_at]
+        if closure is not None:
+            wrapped = self._wrap(closure, index)
+            if closure_at is None:
+                kwargs = {**kwargs, "closure": wrapped}
+            else:
+                args = (*args[:closure_at], wrapped, *args[closure_at + 1 :])
+            self._tock(started)
+            return args, kwargs
+        self._read_at_step(index)
+        self._tock(started)
+        return None
+
+    def _wrap(self, closure: Callable[[], Any], index: int) -> Callable[[], Any]:
+        evaluated = False
+
+        def observed_closure() -> Any:
+            nonlocal evaluated
+            result = closure()
+            if not evaluated and self.attached:
+                evaluated = True
+                started = self._tick()
+                self._read_at_step(index)
+                self._observing.signals.pause()
+                self._tock(started)
+            return result
+
+        return observed_closure
+
+    def _read_at_step(self, index: int) -> None:
+        if not self._cadences[index].due(self._steps[index]):
+            return
+        if not self._observing.has_read:
+            if self._guarded("reading gradients", self._observing.read, before_clipping=False) is False:
+                self._explain_missing("the optimizer stepped without gradients")
+        else:
+            self._guarded("reading gradients at the step", self._observing.read_at_step, index)
+
+    def _after_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._complete(index)
+
+    def _complete(self, index: int) -> None:
+        started = self._tick()
+        step = self._steps[index]
+        due = self._cadences[index].due(step)
+        armed = due or self._armed()
+        self._assign_losses(index)
+        self._steps[index] += 1
+        if self._batches < self._steps[index]:
+            self._batches = self._steps[index]
+        record = None
+        if due:
+            record = self._guarded("finishing an observation", self._finish, index, step, started)
+        elif armed:
+            self._observing.discard()
+        if armed or self._armed():
+            self._arm_if_due()
+        self._tock(started)
+        if record is not None:
+            self._announce(step)
+
+    def _finish(self, index: int, step: int, started: float) -> object:
+        record = self._observing.finish(index, step, batch=self._batches - 1, cost_s=time.perf_counter() - started)
+        self._cadences[index].observed(step, time.perf_counter() - started)
+        return record
+
+    def _announce(self, step: int) -> None:
+        """Tell the user about findings that began or ended with this observation."""
+        started = time.perf_counter()
+        findings = self._guarded("judging", self._observing.findings) or []
+        self._observing.spent_s += time.perf_counter() - started
+        for finding in findings:
+            key = (finding.code, finding.optimizer)
+            if finding.standing and finding.severity >= Severity.WARNING:
+                if key not in self._announced:
+                    self._announced.add(key)
+                    self._cadences[0].look_closer(step)
+                    self._arm_if_due()
+                    self._tell(finding)
+            elif not finding.standing:
+                self._announced.discard(key)
+
+    def _tell(self, finding: Finding) -> None:
+        action = self.config.on_finding
+        if callable(action):
+            action(finding)
+            return
+        line = f"gradguard: step {finding.step}: {finding.code} {finding.name}, {finding.message}"
+        if action == "raise":
+            raise UnhealthyGradientsError(line)
+        if action == "warn":
+            warnings.warn(line, GradGuardWarning, stacklevel=2)
+
+    def _explain_missing(self, what: str) -> None:
+        signals = self._observing.signals
+        if signals.backward_seen:
+            why = (
+                "a backward pass did run, so they were cleared before they could be read: "
+                "call record() after backward() and before zero_grad()"
+            )
+        elif signals.eval_calls:
+            why = "the forward pass ran in evaluation mode: call model.train() before training"
+        else:
+            why = "no backward pass was seen since the last step: call record() after backward() and before zero_grad()"
+        if self._observing.note(what, why):
+            warnings.warn(f"gradguard: {what}: {why}", GradGuardWarning, stacklevel=4)
+
+    def _guarded(self, what: str, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run something of ours so that no failure of it reaches the user's loop."""
+        try:
+            with torch.no_grad():
+                return action(*args, **kwargs)
+        except Exception as error:
+            if self.config.on_error == "raise":
+                error.add_note(f"while gradguard was {what}, at step {self._steps[0]}")
+                raise
+            self._on_failure(what, error)
+            return None
+
+    def _on_monitor_failure(self, place: str, error: BaseException) -> None:
+        """A monitor has failed and switched itself off; the others go on."""
+        if self.config.on_error == "raise":
+            raise error
+        why = f"{place} failed with {type(error).__name__}: {error}"
+        if self._observing.note("layer signals", f"{why}; the monitor has switched itself off"):
+            warnings.warn(
+                f"gradguard: {why}. Layer signals are no longer observed; training goes on. Please report this.",
+                GradGuardWarning,
+                stacklevel=3,
+            )
+
+    def _on_failure(self, place: str, error: BaseException) -> None:
+        """Something other than a monitor has failed: the guard goes off."""
+        why = f"{place} failed with {type(error).__name__}: {error}"
+        if self._observing.note("gradguard itself", f"{why}; it has switched itself off, training goes on"):
+            warnings.warn(
+                f"gradguard: {why}. The guard has switched itself off; training goes on. Please report this.",
+                GradGuardWarning,
+                stacklevel=3,
+            )
+        self.detach()
+
+    def _tick(self) -> float:
+        now = time.perf_counter()
+        if self._first_s is None:
+            self._first_s = now
+        return now
+
+    def _tock(self, started: float) -> None:
+        self._last_s = time.perf_counter()
+        self._observing.spent_s += self._last_s - started
+
+
+class _StepHook:
+    """Optimizer hook that owns the guard: torch drops it when an optimizer is copied or pickled."""
+
+    __slots__ = ("_guard", "_index", "_method")
+
+    def __init__(self, guard: Guard, method: Callable[..., Any], index: int) -> None:
+        self._guard = guard
+        self._method = method
+        self._index = index
+
+    def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._guard.attached and not torch.compiler.is_compiling():
+            return self._method(self._guard, self._index, args, kwargs)
+        return None
+
+
+def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    if optimizer is None:
+        return ()
+    given = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    unwrapped = tuple(_unwrap(item) for item in given)
+    for item in unwrapped:
+        if not isinstance(item, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, a sequence of them or None, got {type(item).__name__}. "
+                "For an optimizer of another kind pass none, and call guard.step() after each update"
+            )
+    return unwrapped
+
+
+def _unwrap(optimizer: Any) -> Any:
+    """Return the torch optimizer inside the wrappers of Accelerate, Fabric or Lightning."""
+    for _ in range(4):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer) or inner is optimizer:
+            break
+        optimizer = inner
+    return optimizer
+
+
+def check_model(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    parameters = [named.parameter for named in find_parameters(model)]
+    lazy = any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters())
+    if not lazy and not any(p.requires_grad for p in parameters):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no trainable parameter ({len(parameters)} in all, none with requires_grad), so there "
+            "are no gradients to watch. Pass the model that the optimizer updates, or unfreeze a layer first"
+        )
+    ids = {id(p) for p in model.parameters()}
+    for optimizer in optimizers:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if held and not any(id(p) in ids for p in held):
+            raise UnsupportedModelError(
+                f"the {type(optimizer).__name__} holds {len(held)} parameters, and none of them belongs to this "
+                f"{type(model).__name__}. Pass the optimizer that updates this model: built from its parameters(), and after "
+                "any replacement of layers"
+            )

@@ -1,0 +1,211 @@
+"""History: the observations of a run, bounded in memory, read column by column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gradguard.records import FloatArray, LayerTable, ParameterTable, RunInfo, StepRecord
+
+__all__ = ["History"]
+
+_HEAD = 32
+"""Observations at the start of a run that are never thinned out: most illnesses show there, and ``first seen`` needs them."""
+
+
+class History:
+    """Observations of a run, oldest first, by statistic name.
+
+    Memory is bounded whatever the run's length: at most ``capacity`` observations are kept. When they are full, the first
+    32 and the newest third stay, and every second one in between goes. One layer costs at most
+    ``capacity * len(LAYER_STATISTICS) * 8`` bytes (32 KiB at the default capacity of 256 and 16 statistics), one parameter
+    ``capacity * len(PARAMETER_STATISTICS) * 8`` bytes (20 KiB); losses, recorded at every step, cost 64 KiB in all.
+
+    Example:
+        >>> import numpy as np
+        >>> from gradguard.records import LayerTable, StepRecord
+        >>> table = LayerTable(names=("a",), types=("Linear",), kinds=("Linear 2>2",), roles=("affine",),
+        ...                    derivative_bounds=(float("nan"),))
+        >>> history = History()
+        >>> for step in range(3):
+        ...     history.append(StepRecord(step=step, layers=table, layer_values={"delta_norm": np.array([0.5 * step])}))
+        >>> history.layer("delta_norm")[:, 0].tolist()
+        [0.0, 0.5, 1.0]
+    """
+
+    def __init__(self, info: RunInfo | None = None, *, capacity: int = 256, loss_capacity: int = 4096) -> None:
+        """Make an empty history.
+
+        Args:
+            info: What is true of the whole run.
+            capacity: Observations to keep, at least 96.
+            loss_capacity: Losses to keep, at least 128; the oldest half is thinned out when they are full.
+
+        Raises:
+            ValueError: If a capacity is too small to keep the start and the end of a run.
+        """
+        if capacity < 3 * _HEAD:
+            raise ValueError(f"capacity must be at least {3 * _HEAD} observations, got {capacity!r}")
+        if loss_capacity < 4 * _HEAD:
+            raise ValueError(f"loss_capacity must be at least {4 * _HEAD} losses, got {loss_capacity!r}")
+        self.info = info if info is not None else RunInfo()
+        self.capacity = capacity
+        self.loss_capacity = loss_capacity
+        self.optimizer = 0
+        self._records: list[StepRecord] = []
+        self._loss_steps: list[int] = []
+        self._losses: list[float] = []
+        self._loss_optimizers: list[int] = []
+        self._seen = 0
+        self._cache: dict[tuple[str, str], FloatArray] = {}
+        self._tables: tuple[LayerTable, ParameterTable] | None = None
+
+    def append(self, record: StepRecord) -> None:
+        """Add an observation; thin out the middle where there are too many."""
+        self._records.append(record)
+        self._seen += 1
+        if len(self._records) > self.capacity:
+            tail = self.capacity // 3
+            middle = self._records[_HEAD:-tail]
+            self._records[_HEAD:-tail] = middle[::2]
+        self._cache.clear()
+        self._tables = None
+
+    def note_loss(self, step: int, loss: float, *, optimizer: int = 0) -> None:
+        """Add the loss of one step; non-finite losses are kept as they are."""
+        self._loss_steps.append(step)
+        self._losses.append(loss)
+        self._loss_optimizers.append(optimizer)
+        if len(self._losses) > self.loss_capacity:
+            half = self.loss_capacity // 2
+            for column in (self._loss_steps, self._losses, self._loss_optimizers):
+                column[_HEAD:half] = column[_HEAD:half:2]  # type: ignore[index]  # the three lists differ in item type
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def observations(self) -> int:
+        """Observations made, kept or thinned out."""
+        return self._seen
+
+    @property
+    def records(self) -> Sequence[StepRecord]:
+        """The kept observations, oldest first."""
+        return tuple(self._records)
+
+    @property
+    def steps(self) -> FloatArray:
+        """Optimizer step of each observation, shape ``[observations]``."""
+        return np.array([record.step for record in self._records], dtype=np.float64)
+
+    @property
+    def losses(self) -> tuple[FloatArray, FloatArray]:
+        """Steps and losses, oldest first, each of shape ``[losses]``; recorded at every step, not only at observations."""
+        return np.array(self._loss_steps, dtype=np.float64), np.array(self._losses, dtype=np.float64)
+
+    @property
+    def layers(self) -> LayerTable:
+        """All layers seen, in the execution order of the newest observation; layers it lacks stand at the end."""
+        return self._union()[0]
+
+    @property
+    def parameters(self) -> ParameterTable:
+        """All parameters seen, in the order of the newest observation; parameters it lacks stand at the end."""
+        return self._union()[1]
+
+    def scalar(self, name: str) -> FloatArray:
+        """Return a scalar per observation, shape ``[observations]``; NaN where it is unknown."""
+        return np.array([record.scalars.get(name, np.nan) for record in self._records], dtype=np.float64)
+
+    def layer(self, name: str) -> FloatArray:
+        """Return a layer statistic, shape ``[observations, layers]``; NaN where a layer was not observed."""
+        names = self.layers.names
+        return self._column("layer", name, names, lambda r: (r.layers.names, r.layer_values.get(name)))
+
+    def parameter(self, name: str) -> FloatArray:
+        """Return a parameter statistic, shape ``[observations, parameters]``; NaN where it was not observed."""
+        names = self.parameters.names
+        return self._column("parameter", name, names, lambda r: (r.parameters.names, r.parameter_values.get(name)))
+
+    def split(self) -> tuple[History, ...]:
+        """Return one history per optimizer that was observed; a run with one optimizer returns itself."""
+        indices = sorted({record.optimizer for record in self._records} | set(self._loss_optimizers))
+        if len(indices) <= 1:
+            self.optimizer = indices[0] if indices else 0
+            return (self,)
+        return tuple(self._of_optimizer(index) for index in indices)
+
+    def _of_optimizer(self, index: int) -> History:
+        part = History(self.info, capacity=self.capacity, loss_capacity=self.loss_capacity)
+        part.optimizer = index
+        part._records = [record for record in self._records if record.optimizer == index]
+        part._seen = len(part._records)
+        for step, loss, owner in zip(self._loss_steps, self._losses, self._loss_optimizers, strict=True):
+            if owner == index:
+                part.note_loss(step, loss, optimizer=index)
+        return part
+
+    def _union(self) -> tuple[LayerTable, ParameterTable]:
+        if self._tables is None:
+            self._tables = (
+                _merge_layers([record.layers for record in reversed(self._records)]),
+                _merge_parameters([record.parameters for record in reversed(self._records)]),
+            )
+        return self._tables
+
+    def _column(
+        self,
+        group: str,
+        name: str,
+        names: tuple[str, ...],
+        read: Callable[[StepRecord], tuple[tuple[str, ...], FloatArray | None]],
+    ) -> FloatArray:
+        key = (group, name)
+        if key not in self._cache:
+            column = np.full((len(self._records), len(names)), np.nan)
+            position = {row: index for index, row in enumerate(names)}
+            for index, record in enumerate(self._records):
+                rows, values = read(record)
+                if values is None:
+                    continue
+                if rows == names:
+                    column[index] = values
+                else:
+                    column[index, [position[row] for row in rows]] = values
+            column.setflags(write=False)
+            self._cache[key] = column
+        return self._cache[key]
+
+
+def _merge_layers(tables: Sequence[LayerTable]) -> LayerTable:
+    if not tables:
+        return LayerTable()
+    first = tables[0]
+    if all(table is first or table.names == first.names for table in tables):
+        return first
+    rows = {
+        row[0]: row
+        for table in reversed(tables)
+        for row in zip(table.names, table.types, table.kinds, table.roles, table.derivative_bounds, strict=True)
+    }
+    order = list(dict.fromkeys(name for table in tables for name in table.names))
+    names, types, kinds, roles, bounds = zip(*(rows[name] for name in order), strict=True)
+    return LayerTable(names=names, types=types, kinds=kinds, roles=roles, derivative_bounds=bounds)
+
+
+def _merge_parameters(tables: Sequence[ParameterTable]) -> ParameterTable:
+    if not tables:
+        return ParameterTable()
+    first = tables[0]
+    if all(table is first or table.names == first.names for table in tables):
+        return first
+    rows = {
+        row[0]: row
+        for table in reversed(tables)
+        for row in zip(table.names, table.aliases, table.layers, table.sizes, table.dims, strict=True)
+    }
+    order = list(dict.fromkeys(name for table in tables for name in table.names))
+    names, aliases, layers, sizes, dims = zip(*(rows[name] for name in order), strict=True)
+    return ParameterTable(names=names, aliases=aliases, layers=layers, sizes=sizes, dims=dims)

@@ -1,0 +1,7 @@
+"""Monitors: from an ``nn.Module`` to numbers. They register the hooks that observe, and never modify training."""
+
+from gradguard.monitors.gradients import GradientMonitor
+from gradguard.monitors.losses import LossMonitor
+from gradguard.monitors.signals import SignalMonitor
+
+__all__ = ["GradientMonitor", "LossMonitor", "SignalMonitor"]

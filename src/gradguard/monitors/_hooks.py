@@ -1,0 +1,109 @@
+"""Hooks that can be copied, pickled and removed without leaving a trace."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+__all__ = ["Hook", "HookSet", "in_backward", "in_functorch"]
+
+Owner = TypeVar("Owner")
+
+
+class _Removable(Protocol):
+    def remove(self) -> None: ...
+
+
+class HookSet:
+    """The handles of registered hooks; closing removes them all, twice is harmless.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> with HookSet() as hooks:
+        ...     hooks.add(layer.register_forward_hook(lambda module, args, output: None))
+        >>> len(layer._forward_hooks)
+        0
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[_Removable] = []
+
+    def add(self, handle: _Removable) -> None:
+        """Keep a handle until :meth:`close`."""
+        self._handles.append(handle)
+
+    def close(self) -> None:
+        """Remove every hook."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __enter__(self) -> HookSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Hook:
+    """A hook that holds its owner weakly and calls ``method(owner, *key, *args)``.
+
+    A deep copy or an unpickled one has no owner and does nothing: copies of a watched model (EMA, SWA, spawned
+    processes) neither count into the original's monitor nor drag it along.
+    """
+
+    __slots__ = ("_key", "_method", "_owner")
+
+    def __init__(self, owner: Any, method: Callable[..., None], *key: Any) -> None:
+        self._owner: weakref.ref[Any] | None = None if owner is None else weakref.ref(owner)
+        self._method: Callable[..., None] | None = method
+        self._key = key
+
+    def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and self._method is not None:
+            self._method(owner, *self._key, *args)
+
+    def __deepcopy__(self, memo: object) -> Hook:
+        return _inert()
+
+    def __copy__(self) -> Hook:
+        return _inert()
+
+    def __reduce__(self) -> tuple[Callable[[], Hook], tuple[()]]:
+        return _inert, ()
+
+
+def _inert(*_: Any) -> Hook:
+    return Hook(None, _do_nothing)
+
+
+def _do_nothing(*_: Any) -> None:
+    """Stand in for the method of a copied hook."""
+
+
+def in_backward() -> bool:
+    """Whether the current thread is inside a backward pass, as in the recomputation of a checkpointed block.
+
+    Uses a private function of torch (checked with 2.13); where it is missing the answer is False.
+    """
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
+def in_functorch() -> bool:
+    """Whether a ``torch.func`` transform is active; its wrapped tensors cannot be read.
+
+    Uses a private function of torch (checked with 2.13); where it is missing the answer is False.
+    """
+    functorch = getattr(torch._C, "_functorch", None)
+    peek = getattr(functorch, "peek_interpreter_stack", None)
+    return peek is not None and peek() is not None

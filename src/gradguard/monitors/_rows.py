@@ -1,0 +1,189 @@
+"""What the signal monitor gathers per module during one observation, and how it becomes numbers."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from gradguard.monitors._reduce import Handle, Norm, Readback
+from gradguard.records import LAYER_STATISTICS, FloatArray, LayerTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradguard.monitors._describe import ModuleInfo
+
+__all__ = ["KnownTensors", "Row", "Slot", "Streak", "Units", "layer_columns", "unit_reduce"]
+
+_SATURATED = 0.05
+"""A unit whose mean derivative is below this share of the largest one is saturated. Ours: |x| > 2.2 for tanh, 4.4 for sigmoid."""
+
+_MINIMUM_LOOKS = 3
+"""Observations needed before an inactive unit may be called dead. Ours: two looks may be two unlucky batches."""
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place at which gradients arrive: the norms of those that did."""
+
+    norms: list[Norm] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Units:
+    """Largest activity of each unit over the calls of one observation, on the device."""
+
+    peak: Tensor | None = None
+
+    def add(self, activity: Tensor) -> None:
+        """Merge the activity of one call, shape ``[units]``; a change of width starts afresh."""
+        if self.peak is None or self.peak.shape != activity.shape:
+            self.peak = activity
+        else:
+            self.peak = torch.maximum(self.peak, activity)
+
+
+@dataclass(slots=True, eq=False)
+class Streak:
+    """For how long each unit of a layer has been inactive, across observations, on the device."""
+
+    looks: Tensor
+    since: Tensor
+
+    @classmethod
+    def start(cls, inactive: Tensor) -> Streak:
+        """Begin with no observation behind us."""
+        return cls(torch.zeros_like(inactive, dtype=torch.float32), torch.zeros_like(inactive, dtype=torch.float32))
+
+    def add(self, inactive: Tensor, step: int, patience: int) -> Tensor:
+        """Take one observation in; return the number of units that are dead by now, 0-d."""
+        self.since = torch.where(inactive & (self.looks > 0), self.since, float(step))
+        self.looks = torch.where(inactive, self.looks + 1, 0.0)
+        return ((self.looks >= _MINIMUM_LOOKS) & (step - self.since >= patience)).sum()
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One module during one observation; its calls are pooled."""
+
+    name: str
+    type: str
+    info: ModuleInfo
+    bound: float = math.nan
+    calls: int = 0
+    placeholders: int = 0
+    forward: list[Norm] = field(default_factory=list)
+    inputs: list[Norm] = field(default_factory=list)
+    outputs: list[Slot] = field(default_factory=list)
+    input_slots: list[Slot] = field(default_factory=list)
+    zeros: list[tuple[Handle, int]] = field(default_factory=list)
+    units: Units = field(default_factory=Units)
+    input_units: Units = field(default_factory=Units)
+    derivatives: list[Norm] = field(default_factory=list)
+    saturated: list[tuple[Handle, int]] = field(default_factory=list)
+    counts: dict[str, tuple[Handle, int]] = field(default_factory=dict)
+
+    def statistics(self, readback: Readback) -> dict[str, float]:
+        """Return every layer statistic of the row; call after the transfer."""
+        delta, delta_max = _pool([n for slot in self.outputs for n in slot.norms], readback)
+        input_delta, input_delta_max = _pool([n for slot in self.input_slots for n in slot.norms], readback)
+        forward, forward_max = _pool(self.forward, readback)
+        entries = sum(n.numel for n in self.forward)
+        slope, _ = _pool(self.derivatives, readback)
+        slopes = sum(n.numel for n in self.derivatives)
+        return {
+            "delta_norm": delta,
+            "delta_max_abs": delta_max,
+            "input_delta_norm": input_delta,
+            "input_delta_max_abs": input_delta_max,
+            "forward_rms": forward / math.sqrt(entries) if entries else math.nan,
+            "forward_max_abs": forward_max,
+            "input_max_abs": _pool(self.inputs, readback)[1],
+            "zero_fraction": _share(self.zeros, readback),
+            "saturated_fraction": _share(self.saturated, readback),
+            "derivative_mean": slope / math.sqrt(slopes) if slopes else math.nan,
+            "calls": float(self.calls),
+            "gradient_calls": float(sum(1 for slot in self.outputs if slot.norms)),
+            **{name: _share([count], readback) for name, count in self.counts.items()},
+        }
+
+
+class KnownTensors:
+    """Tensors seen during one observation, so that a tensor passed on is measured once.
+
+    A tensor is the same only as the same Python object at the same version: an in-place operation makes a new one.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, Slot | None, Norm, int | None]] = {}
+
+    def add(self, tensor: Tensor, slot: Slot | None, norm: Norm, unit_axis: int | None) -> None:
+        """Remember a tensor at its present version."""
+        self._seen[id(tensor)] = (weakref.ref(tensor), tensor._version, slot, norm, unit_axis)
+
+    def find(self, tensor: Tensor, *, any_version: bool = False) -> tuple[Slot | None, Norm, int | None] | None:
+        """Return slot, norm and unit axis of a tensor seen before, else ``None``."""
+        entry = self._seen.get(id(tensor))
+        if entry is None or entry[0]() is not tensor or not (any_version or entry[1] == tensor._version):
+            return None
+        return entry[2], entry[3], entry[4]
+
+
+def unit_reduce(tensor: Tensor, axis: int, *, signed: bool) -> Tensor | None:
+    """Return the largest activity per unit, shape ``[units]``; ``None`` for a tensor without a batch.
+
+    Args:
+        tensor: Output or input of a layer.
+        axis: Axis along which the units lie.
+        signed: Whether negative entries count as activity as well.
+    """
+    axis = axis % tensor.ndim if tensor.ndim else 0
+    others = [d for d in range(tensor.ndim) if d != axis]
+    if not others or tensor.numel() == 0:
+        return None
+    high = tensor.amax(dim=others)
+    return torch.maximum(high, -tensor.amin(dim=others)) if signed else high
+
+
+def saturated_units(derivative: Tensor, axis: int, bound: float) -> tuple[Tensor, int] | None:
+    """Return how many units have a small mean derivative (0-d), and how many units there are."""
+    axis = axis % derivative.ndim
+    others = [d for d in range(derivative.ndim) if d != axis]
+    if not others:
+        return None
+    return (derivative.mean(dim=others) < _SATURATED * bound).sum(), derivative.shape[axis]
+
+
+def layer_columns(rows: list[Row], readback: Readback) -> tuple[LayerTable, dict[str, FloatArray]]:
+    """Turn rows into a table and one array of shape ``[rows]`` per layer statistic; call after the transfer."""
+    table = LayerTable(
+        names=tuple(row.name for row in rows),
+        types=tuple(row.type for row in rows),
+        kinds=tuple(row.info.kind for row in rows),
+        roles=tuple(row.info.role for row in rows),
+        derivative_bounds=tuple(row.bound for row in rows),
+    )
+    values = [row.statistics(readback) for row in rows]
+    columns = {
+        name: np.array([numbers.get(name, math.nan) for numbers in values], dtype=np.float64) for name in LAYER_STATISTICS
+    }
+    return table, columns
+
+
+def _pool(norms: list[Norm], readback: Readback) -> tuple[float, float]:
+    """Return the L2 norm and the largest absolute entry over all tensors; NaN for none, see :meth:`Norm.resolve`."""
+    if not norms:
+        return math.nan, math.nan
+    pairs = [norm.resolve(readback) for norm in norms]
+    largest = math.nan if any(math.isnan(m) for _, m in pairs) else max(m for _, m in pairs)
+    return math.hypot(*(l2 for l2, _ in pairs)), largest
+
+
+def _share(counts: list[tuple[Handle, int]], readback: Readback) -> float:
+    total = sum(size for _, size in counts)
+    return sum(readback.value(handle) for handle, _ in counts) / total if total else math.nan

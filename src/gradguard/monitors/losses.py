@@ -1,0 +1,63 @@
+"""The loss of every step, kept without stopping the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LossMonitor"]
+
+
+class LossMonitor:
+    """Losses by step and optimizer. On a CPU they are numbers at once; elsewhere they wait for the next observation."""
+
+    name = "losses"
+
+    def __init__(self) -> None:
+        """Start with no loss."""
+        self._waiting: list[tuple[int, int, Tensor | float]] = []
+
+    def note(self, loss: Tensor | float, *, step: int, optimizer: int) -> float:
+        """Take a loss; return it where that costs nothing, else NaN.
+
+        Args:
+            loss: Scalar loss: a tensor with one entry, or a number. A copy is kept, never the graph.
+            step: Optimizer step the loss belongs to, from 0.
+            optimizer: Index of the optimizer.
+
+        Raises:
+            TypeError: If the loss is neither a tensor nor a number.
+            ValueError: If the tensor has more than one entry.
+        """
+        if isinstance(loss, torch.Tensor):
+            if loss.numel() != 1:
+                raise ValueError(
+                    f"loss must be a scalar, got a tensor of shape {tuple(loss.shape)}; "
+                    "pass the reduced loss, for instance loss.mean()"
+                )
+            kept = loss.detach()
+            value: Tensor | float = float(kept) if kept.device.type == "cpu" else kept.reshape(()).clone()
+        elif isinstance(loss, (int, float)) and not isinstance(loss, bool):
+            value = float(loss)
+        else:
+            raise TypeError(f"loss must be a scalar tensor or a number, got {type(loss).__name__}")
+        self._waiting.append((step, optimizer, value))
+        return value if isinstance(value, float) else math.nan
+
+    def drain(self) -> Iterator[tuple[int, int, float]]:
+        """Yield step, optimizer and loss of everything that waits, oldest first; transfers once per device."""
+        waiting, self._waiting = self._waiting, []
+        tensors = [(row, value) for row, (_, _, value) in enumerate(waiting) if isinstance(value, torch.Tensor)]
+        numbers: dict[int, float] = {}
+        for device in {value.device for _, value in tensors}:
+            rows = [(row, value.float()) for row, value in tensors if value.device == device]
+            fetched = torch.stack([value for _, value in rows]).tolist()
+            numbers.update({row: number for (row, _), number in zip(rows, fetched, strict=True)})
+        for row, (step, optimizer, value) in enumerate(waiting):
+            yield step, optimizer, numbers[row] if isinstance(value, torch.Tensor) else value

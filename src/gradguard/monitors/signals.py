@@ -1,0 +1,336 @@
+"""Signals: what flows forward through each layer, and the gradient that comes back to it.
+
+A forward hook per leaf module, set for observed steps only, and a tensor hook on what it returns. Module backward hooks
+are never used: they crash on in-place layers and turn compiled frames eager.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradguard.findings import Unobserved
+from gradguard.monitors._derivatives import activation_info
+from gradguard.monitors._describe import clean_name, describe
+from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
+from gradguard.monitors._reduce import Norm, Readback, dense, queue_norm
+from gradguard.monitors._rows import KnownTensors, Row, Slot, Streak, layer_columns, saturated_units, unit_reduce
+from gradguard.monitors._trees import floating_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradguard.records import FloatArray, LayerTable
+
+__all__ = ["SignalMonitor"]
+
+_SAMPLE_ENTRIES = 1 << 16
+"""Entries of an activation from which its derivative is measured; a relative error of 0.3 % of the mean."""
+
+
+class SignalMonitor:
+    """Measures delta (the gradient at layer outputs), the forward signal, and inactive and saturated units.
+
+    Attributes:
+        spent_s: Seconds spent in hooks since the monitor was made.
+    """
+
+    name = "signals"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        on_failure: Callable[[str, BaseException], None],
+        dead_patience_steps: int = 20,
+        any_mode: bool = False,
+    ) -> None:
+        """Prepare for a model; no hook is set before :meth:`arm`.
+
+        Args:
+            model: The model to observe.
+            on_failure: Called with a place and an exception when a hook of ours fails; the monitor is off from then on.
+            dead_patience_steps: Optimizer steps over which a unit must stay inactive to be called dead.
+            any_mode: Observe in evaluation mode as well; a check before the first step wants that.
+        """
+        self._model = model
+        self._on_failure = on_failure
+        self._patience = dead_patience_steps
+        self._any_mode = any_mode
+        self._hooks = HookSet()
+        self._late: list[tuple[nn.Module, str]] = []
+        self._streaks: dict[tuple[int, str, str], Streak] = {}
+        self._generation = 0
+        self._active = False
+        self.failed = False
+        self.spent_s = 0.0
+        self.reset(Readback())
+
+    def reset(self, readback: Readback) -> None:
+        """Forget the present observation; hooks stay where they are."""
+        self._generation += 1
+        self._readback = readback
+        self._rows: dict[str, Row] = {}
+        self._known = KnownTensors()
+        self.eval_calls = 0
+        self.backward_seen = False
+
+    def arm(self) -> None:
+        """Set the forward hooks; calling twice is harmless."""
+        if self.failed:
+            return
+        self._active = True
+        if len(self._hooks):
+            return
+        self._late = []
+        for module, name, late in _targets(self._model):
+            if late is None:
+                self._watch(module, name)
+            elif late is module:
+                self._hooks.add(module.register_forward_pre_hook(Hook(self, SignalMonitor._arm_late)))
+            else:
+                self._late.append((module, name))
+
+    def disarm(self) -> None:
+        """Remove every hook; gradient hooks of graphs that are still alive become inert. Harmless when called twice."""
+        self._active = False
+        self._hooks.close()
+        self._generation += 1
+
+    def pause(self) -> None:
+        """Let what follows in this step pass unobserved, as in further evaluations of a closure."""
+        self._active = False
+        self._generation += 1
+
+    def close_step(self, step: int, optimizer: int) -> None:
+        """Queue what spans observations: for how long units have been inactive."""
+        for row in self._rows.values():
+            for prefix, units in (("", row.units), ("input_", row.input_units)):
+                if units.peak is None:
+                    continue
+                inactive = units.peak <= 0
+                row.counts[f"{prefix}inactive_fraction"] = (self._readback.put(inactive.sum()), inactive.numel())
+                key = (optimizer, row.name, prefix)
+                streak = self._streaks.get(key)
+                if streak is None or streak.looks.shape != inactive.shape:
+                    streak = self._streaks[key] = Streak.start(inactive)
+                dead = streak.add(inactive, step, self._patience)
+                row.counts[f"{prefix}dead_fraction"] = (self._readback.put(dead), inactive.numel())
+
+    def columns(self) -> tuple[LayerTable, dict[str, FloatArray]]:
+        """Return the rows of this observation; call after the transfer. Modules never seen with gradients are left out."""
+        return layer_columns([row for row in self._rows.values() if row.calls], self._readback)
+
+    def unobserved(self) -> list[Unobserved]:
+        """Return what the hooks cannot see in this model."""
+        notes = []
+        compiled = [clean_name(name) or "the model" for name, module in self._model.named_modules() if _is_compiled(module)]
+        if compiled:
+            notes.append(
+                Unobserved(
+                    what=f"layer signals inside {compiled[0]}",
+                    why="it is compiled, and torch ignores hooks set on compiled code; parameters are observed",
+                )
+            )
+        if any(isinstance(module, torch.jit.ScriptModule) for module in self._model.modules()):
+            notes.append(Unobserved(what="layer signals inside scripted modules", why="TorchScript accepts no module hooks"))
+        return notes
+
+    def _watch(self, module: nn.Module, name: str) -> None:
+        self._hooks.add(module.register_forward_hook(Hook(self, SignalMonitor._on_forward, name), with_kwargs=True))
+
+    def _arm_late(self, *_: Any) -> None:
+        if self._late and torch.is_grad_enabled() and self._in_training(self._model):
+            late, self._late = self._late, []
+            for module, name in late:
+                self._watch(module, name)
+
+    def _in_training(self, module: nn.Module) -> bool:
+        return self._any_mode or module.training or self._model.training
+
+    def _on_forward(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self._active:
+            return
+        started = time.perf_counter()
+        grad = torch.is_grad_enabled()
+        try:
+            if not in_functorch():
+                with torch.no_grad():
+                    self._tap(name, module, (args, kwargs), output, grad=grad)
+        except Exception as error:
+            self._fail(f"the forward hook of {name or 'the model'}", error)
+        self.spent_s += time.perf_counter() - started
+
+    def _tap(self, name: str, module: nn.Module, inputs: Any, output: Any, *, grad: bool) -> None:
+        if not self._in_training(module):
+            self.eval_calls += 1
+            return
+        row = self._rows.get(name)
+        if row is None:
+            if in_backward():
+                return
+            info = activation_info(module)
+            row = Row(name, type(module).__name__, describe(module))
+            row.bound = info.bound if info is not None else row.bound
+            self._rows[name] = row
+        if not grad:
+            row.placeholders += not in_backward()
+            return
+        if in_backward():
+            if row.placeholders == 0:
+                return
+            row.placeholders -= 1
+        row.calls += 1
+        outputs = floating_tensors(output)
+        given = next(iter(floating_tensors(inputs)), None)
+        in_place = given is not None and any(given is tensor for tensor in outputs)
+        axis = self._tap_input(row, given, in_place=in_place)
+        for tensor in outputs:
+            self._tap_output(row, tensor, axis)
+        if outputs and row.info.role == "activation":
+            self._tap_activation(row, module, None if in_place else given, outputs[0], axis)
+
+    def _tap_input(self, row: Row, tensor: Tensor | None, *, in_place: bool) -> int | None:
+        """Measure the first input tensor; return the axis of its units where it is known."""
+        if tensor is None:
+            return None
+        known = self._known.find(tensor, any_version=in_place)
+        if known is not None:
+            slot, norm, axis = known
+            row.inputs.append(norm)
+            if slot is not None:
+                row.input_slots.append(slot)
+            return axis
+        values = dense(tensor)
+        if in_place or values is None:
+            return None
+        norm = queue_norm(self._readback, values)
+        row.inputs.append(norm)
+        slot = self._listen(tensor) if tensor.requires_grad else None
+        axis = row.info.unit_axis
+        self._known.add(tensor, slot, norm, axis)
+        if slot is not None:
+            row.input_slots.append(slot)
+            if row.info.role == "affine" and axis is not None and tensor.grad_fn is not None and -axis <= tensor.ndim:
+                activity = unit_reduce(values, axis, signed=True)
+                if activity is not None:
+                    row.input_units.add(activity)
+        return axis
+
+    def _tap_output(self, row: Row, tensor: Tensor, axis: int | None) -> None:
+        known = self._known.find(tensor)
+        if known is not None and known[0] is not None:
+            row.outputs.append(known[0])
+            row.forward.append(known[1])
+            return
+        values = dense(tensor)
+        if values is None:
+            return
+        norm = queue_norm(self._readback, values)
+        row.forward.append(norm)
+        slot = self._listen(tensor) if tensor.requires_grad else None
+        if slot is not None:
+            row.outputs.append(slot)
+        own = row.info.unit_axis
+        self._known.add(tensor, slot, norm, own if own is not None else axis)
+
+    def _tap_activation(
+        self, row: Row, module: nn.Module, given: Tensor | None, output: Tensor, axis: int | None
+    ) -> None:
+        if axis is None or -axis > output.ndim or axis >= output.ndim:
+            axis = 1 if output.ndim >= 4 else -1
+        output = output.detach()
+        if row.info.zero_is_dead:
+            zeros = output.numel() - torch.count_nonzero(output)
+            row.zeros.append((self._readback.put(zeros), output.numel()))
+            activity = unit_reduce(output, axis, signed=False)
+            if activity is not None:
+                row.units.add(activity)
+        info = activation_info(module)
+        if info is None or output.numel() == 0 or (info.needs_input and given is None):
+            return
+        stride = -(-output.numel() // _SAMPLE_ENTRIES)
+        y = output[::stride] if output.ndim > 1 else output
+        x = y if given is None else (given.detach()[::stride] if output.ndim > 1 else given.detach())
+        slope = info.derivative(module, x, y).float()
+        row.derivatives.append(queue_norm(self._readback, slope))
+        if info.bounded:
+            counted = saturated_units(slope, axis, info.bound)
+            if counted is not None:
+                row.saturated.append((self._readback.put(counted[0]), counted[1]))
+
+    def _listen(self, tensor: Tensor) -> Slot:
+        slot = Slot()
+        handle = tensor.register_hook(_GradientHook(self, slot, self._generation))
+        if tensor.is_leaf:
+            self._hooks.add(handle)
+        return slot
+
+    def _on_gradient(self, slot: Slot, gradient: Tensor) -> None:
+        started = time.perf_counter()
+        self.backward_seen = True
+        try:
+            with torch.no_grad():
+                values = dense(gradient)
+                if values is not None:
+                    slot.norms.append(queue_norm(self._readback, values))
+        except Exception as error:
+            self._fail("a gradient hook", error)
+        self.spent_s += time.perf_counter() - started
+
+    def _fail(self, place: str, error: BaseException) -> None:
+        self.failed = True
+        self.disarm()
+        self._on_failure(place, error)
+
+
+class _GradientHook:
+    """Tensor hook of one observation; inert once the observation is over."""
+
+    __slots__ = ("_generation", "_monitor", "_slot")
+
+    def __init__(self, monitor: SignalMonitor, slot: Slot, generation: int) -> None:
+        self._monitor = weakref.ref(monitor)
+        self._slot = slot
+        self._generation = generation
+
+    def __call__(self, gradient: Tensor) -> None:
+        monitor = self._monitor()
+        if monitor is not None and monitor._generation == self._generation:
+            monitor._on_gradient(self._slot, gradient)
+
+
+def _targets(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
+    """Yield the modules to hook, their names, and what to wait for before hooking them.
+
+    ``nn.TransformerEncoderLayer`` leaves its fast inference path as soon as a hook sits on one of its modules. Its
+    modules are hooked when a training forward pass begins in a module around it, which is yielded as its own condition.
+    """
+    unwrap = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    skipped: set[int] = set()
+    fast: set[int] = set()
+    around: list[tuple[nn.Module, str]] = []
+    for raw, module in model.named_modules():
+        name = clean_name(raw, unwrap=unwrap)
+        if id(module) in skipped or _is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
+            skipped.update(id(child) for child in module.modules())
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer) and id(module) not in fast:
+            fast.update(id(child) for child in module.modules())
+        if id(module) not in fast:
+            around.append((module, name))
+        if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None:
+            yield module, name, model if id(module) in fast else None
+    if fast:
+        for module, name in around:
+            if any(id(child) in fast for child in module.modules()):
+                yield module, name, module
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None

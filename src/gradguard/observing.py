@@ -1,0 +1,308 @@
+"""One observed run: monitors feed a History, detectors judge it. Knows nothing of who drives it.
+
+One observation goes ``arm`` (taps are set) - forward and backward - ``read`` (numbers are queued on the device) -
+optimizer step - ``finish`` (the one transfer; a record is appended). ``discard`` gives up what was gathered.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradguard.detectors import DEFAULT_DETECTORS, Detector, run_detectors
+from gradguard.diagnosis import diagnose
+from gradguard.findings import Diagnosis, Finding, Unobserved
+from gradguard.history import History
+from gradguard.monitors import GradientMonitor, LossMonitor, SignalMonitor
+from gradguard.monitors._reduce import Handle, Norm, Readback
+from gradguard.monitors.gradients import find_parameters, total_norm
+from gradguard.prescriptions import prescribe
+from gradguard.records import FloatArray, OptimizerInfo, RunInfo, StepRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from gradguard.config import GuardConfig
+
+__all__ = ["Observing", "optimizer_info"]
+
+
+class Observing:
+    """The monitors of one model, and the history they fill.
+
+    Attributes:
+        history: What was observed so far.
+        notes: What could not be observed, and why, in order of appearance.
+        spent_s: Seconds spent outside hooks; :attr:`overhead_s` adds those inside.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        config: GuardConfig,
+        *,
+        on_failure: Callable[[str, BaseException], None],
+        scaler: Any = None,
+        preflight: bool = False,
+        detectors: Sequence[Detector] = DEFAULT_DETECTORS,
+    ) -> None:
+        """Prepare monitors and an empty history; no hook is set yet."""
+        self._model = model
+        self._optimizers = tuple(optimizers)
+        self._config = config
+        self._scaler = scaler
+        self._detectors = tuple(detectors)
+        self.labels = [""] * max(1, len(self._optimizers))
+        self.signals = SignalMonitor(
+            model, on_failure=on_failure, dead_patience_steps=config.dead_patience_steps, any_mode=preflight
+        )
+        self.gradients = GradientMonitor(model, sample_size=config.sample_size)
+        self.losses = LossMonitor()
+        self.history = History(self._run_info(preflight=preflight), capacity=config.history_capacity)
+        self.notes: dict[str, Unobserved] = {note.what: note for note in self.signals.unobserved()}
+        self.spent_s = 0.0
+        self._begin()
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds spent in gradguard since attaching, as seen from the host."""
+        return self.spent_s + self.signals.spent_s
+
+    @property
+    def has_read(self) -> bool:
+        """Whether the gradients of the present step were read."""
+        return self._read
+
+    def note(self, what: str, why: str) -> bool:
+        """Say once that something could not be observed; return whether that is news."""
+        news = what not in self.notes
+        self.notes.setdefault(what, Unobserved(what=what, why=why))
+        return news
+
+    def arm(self) -> None:
+        """Set the taps for the coming step."""
+        self.signals.arm()
+
+    def disarm(self) -> None:
+        """Remove the taps and forget what the present step gathered."""
+        self.signals.disarm()
+        self._begin()
+
+    def discard(self) -> None:
+        """Forget what the present step gathered; taps stay."""
+        self._begin()
+
+    def read(
+        self,
+        *,
+        before_clipping: bool,
+        gradient_of: Callable[[nn.Parameter], Tensor | None] | None = None,
+        sample: bool = True,
+    ) -> bool:
+        """Queue the statistics of gradients and weights; return whether any gradient was there.
+
+        Args:
+            before_clipping: Whether the caller has not clipped yet.
+            gradient_of: Where a parameter's gradient is; by default in its ``.grad``.
+            sample: Whether an update will follow that is worth measuring.
+        """
+        self.gradients.read(
+            self._readback,
+            gradient_of=gradient_of if gradient_of is not None else _grad_of,
+            groups=self._groups(),
+            sample=sample,
+        )
+        if self.gradients.arrived == 0:
+            return False
+        for name in self.gradients.unreadable[:1]:
+            more = len(self.gradients.unreadable) - 1
+            self.note(
+                f"gradient of {name}" + (f" and {more} more" if more else ""),
+                "its tensor is sharded, quantised or of a layout whose norm cannot be read here",
+            )
+        self._read = True
+        self._before_clipping = before_clipping
+        self._scaled = [self._is_scaled(optimizer) for optimizer in self._optimizers]
+        self._scale = self._queue_scale()
+        return True
+
+    def read_at_step(self, index: int) -> None:
+        """Queue the total norm as the optimizer finds it, after whatever clipping the caller did."""
+        optimizer = self._optimizers[index]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._at_step = total_norm(self._readback, gradients)
+        self._at_step_scaled = self._is_scaled(optimizer)
+        found = getattr(optimizer, "found_inf", None)
+        self._found_inf = self._readback.put(found) if isinstance(found, torch.Tensor) else None
+
+    def finish(self, index: int | None, step: int, *, batch: int, cost_s: float = math.nan) -> StepRecord | None:
+        """Take the update in, transfer once and append a record; ``None`` where nothing was read.
+
+        Args:
+            index: The optimizer that stepped; ``None`` for a check, which concerns all of them.
+            step: Its step, from 0.
+            batch: Backward passes seen before.
+            cost_s: Seconds of host time that this observation cost so far.
+        """
+        if not self._read:
+            self._begin()
+            return None
+        self.gradients.read_update(self._readback)
+        self.signals.close_step(step, index or 0)
+        self._readback.fetch()
+        record = self._record(index, step, batch, cost_s)
+        self._begin()
+        if record.scalars.get("skipped"):
+            return None
+        self.drain_losses()
+        self.history.append(record)
+        return record
+
+    def drain_losses(self) -> None:
+        """Move the losses that wait into the history."""
+        for step, optimizer, loss in self.losses.drain():
+            self.history.note_loss(step, loss, optimizer=optimizer)
+
+    def findings(self) -> list[Finding]:
+        """Judge the history as it is now."""
+        return run_detectors(self.history, self._config, self._detectors)
+
+    def diagnose(self, *, steps: int, batches: int, overhead: float) -> Diagnosis:
+        """Return the verdict on everything observed so far.
+
+        Args:
+            steps: Optimizer steps taken.
+            batches: Backward passes seen.
+            overhead: Share of wall time spent here, 0 to 1, NaN where unknown.
+        """
+        self.drain_losses()
+        self.history.info = self._run_info(preflight=self.history.info.preflight)
+        return prescribe(
+            diagnose(
+                self.history,
+                self.findings(),
+                unobserved=tuple(self.notes.values()),
+                overhead=overhead,
+                batches=batches,
+                steps=steps,
+                config=self._config,
+            )
+        )
+
+    def close(self) -> None:
+        """Remove every hook and let go of tensors; the history stays."""
+        self.disarm()
+        self.gradients.close()
+
+    def _begin(self) -> None:
+        self._readback = Readback()
+        self.signals.reset(self._readback)
+        self._read = False
+        self._before_clipping = True
+        self._scaled: list[bool] = []
+        self._scale: Handle | None = None
+        self._at_step: list[Norm] = []
+        self._at_step_scaled = False
+        self._found_inf: Handle | None = None
+        self._started_s = time.perf_counter()
+
+    def _record(self, index: int | None, step: int, batch: int, cost_s: float) -> StepRecord:
+        readback = self._readback
+        scale = 1.0 if self._scale is None else readback.value(self._scale)
+        parameter_scale = scale if index is not None and any(self._scaled[index : index + 1]) else 1.0
+        mine, others = self._ownership(index)
+        parameters = self.gradients.columns(readback, scale=parameter_scale, mine=mine, others=others)
+        layers, layer_values = self.signals.columns()
+        for name in ("delta_norm", "delta_max_abs", "input_delta_norm", "input_delta_max_abs"):
+            layer_values[name] = layer_values[name] / scale
+        own = parameters["grad_norm"][mine > 0]
+        scalars = {
+            "grad_norm": math.hypot(*own[~np.isnan(own)]) if not np.isnan(own).all() else math.nan,
+            "loss_scale": scale,
+            "read_before_clipping": float(self._before_clipping),
+            "cost_s": cost_s,
+            "skipped": 0.0 if self._found_inf is None else readback.value(self._found_inf),
+        }
+        rates = parameters["lr"][mine > 0]
+        if not np.isnan(rates).all():
+            scalars["lr"] = float(np.nanmax(rates))
+        if self._at_step:
+            total = math.hypot(*(norm.resolve(readback)[0] for norm in self._at_step))
+            scalars["grad_norm_at_step"] = total / (scale if self._at_step_scaled else 1.0)
+        return StepRecord(
+            step=step,
+            batch=batch,
+            optimizer=index or 0,
+            scalars=scalars,
+            layers=layers,
+            layer_values=layer_values,
+            parameters=self.gradients.table,
+            parameter_values=parameters,
+        )
+
+    def _ownership(self, index: int | None) -> tuple[FloatArray, FloatArray]:
+        """Return which parameters this step is about, and which only another watched optimizer holds."""
+        ids = [{id(p) for group in opt.param_groups for p in group["params"]} for opt in self._optimizers]
+        everyone = self.gradients.held_by(set().union(*ids) if ids else None)
+        if index is None or not ids:
+            return everyone, everyone * 0.0
+        mine = self.gradients.held_by(ids[index])
+        return mine, everyone * (1.0 - mine)
+
+    def _groups(self) -> dict[int, Mapping[str, Any]] | None:
+        if not self._optimizers:
+            return None
+        return {id(p): group for opt in self._optimizers for group in opt.param_groups for p in group["params"]}
+
+    def _is_scaled(self, optimizer: Optimizer) -> bool:
+        """Whether a loss scaler's factor is still in the gradients; the state it keeps that in is private (torch 2.13)."""
+        if isinstance(getattr(optimizer, "grad_scale", None), torch.Tensor):
+            return True
+        if self._scaler is None or not self._scaler.is_enabled():
+            return False
+        states = getattr(self._scaler, "_per_optimizer_states", {})
+        stage = states[id(optimizer)].get("stage") if id(optimizer) in states else None
+        return getattr(stage, "name", "READY") == "READY"
+
+    def _queue_scale(self) -> Handle | None:
+        scale = next((s for opt in self._optimizers if (s := getattr(opt, "grad_scale", None)) is not None), None)
+        if scale is None and self._scaler is not None and self._scaler.is_enabled():
+            scale = getattr(self._scaler, "_scale", None)
+        return self._readback.put(scale) if isinstance(scale, torch.Tensor) else None
+
+    def _run_info(self, *, preflight: bool) -> RunInfo:
+        parameters = [named.parameter for named in find_parameters(self._model)]
+        linear = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
+        return RunInfo(
+            model=type(self._model).__name__,
+            parameter_count=sum(p.numel() for p in parameters if p.requires_grad),
+            optimizers=tuple(
+                optimizer_info(optimizer, label) for optimizer, label in zip(self._optimizers, self.labels, strict=False)
+            ),
+            preflight=preflight,
+            expects_updates=not preflight,
+            classes=linear[-1].out_features if linear else 0,
+        )
+
+
+def optimizer_info(optimizer: Optimizer, label: str = "") -> OptimizerInfo:
+    """Return what the rules need to know of an optimizer; one with ``betas`` or ``eps`` counts as adaptive."""
+    epsilon = optimizer.defaults.get("eps")
+    return OptimizerInfo(
+        name=type(optimizer).__name__,
+        label=label,
+        adaptive="betas" in optimizer.defaults or "eps" in optimizer.defaults,
+        epsilon=float(epsilon) if isinstance(epsilon, (int, float)) else math.nan,
+    )
+
+
+def _grad_of(parameter: nn.Parameter) -> Tensor | None:
+    return parameter.grad

@@ -1,0 +1,163 @@
+"""A check before the first step: one forward and one backward pass that leave no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradguard.config import GuardConfig
+from gradguard.errors import GradGuardError, UnsupportedModelError
+from gradguard.findings import Diagnosis
+from gradguard.guard import check_model, check_optimizers
+from gradguard.observing import Observing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+__all__ = ["check"]
+
+
+def check(
+    model: nn.Module,
+    batch: Any,
+    compute_loss: Callable[[Any, Any], Any],
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    config: GuardConfig | None = None,
+    **overrides: Any,
+) -> Diagnosis:
+    """Check a model before its first step, by one forward and one backward pass.
+
+    Gradients are taken with ``torch.autograd.grad``, so nothing of the user's fires or moves: parameters, buffers, ``.grad``,
+    random states (torch, numpy, ``random``), train or eval mode and hooks are left exactly as they were. Attributes that the
+    model itself changes in ``forward`` (a Python counter) are beyond reach.
+
+    Args:
+        model: Any module with trainable parameters; a LightningModule needs no Trainer.
+        batch: What ``compute_loss`` takes as its second argument.
+        compute_loss: Called once as ``compute_loss(model, batch)``; returns the scalar loss, or a mapping with ``"loss"``.
+        optimizer: The optimizer or optimizers to be used, if known: levels differ between SGD and Adam, and parameters
+            that no optimizer holds are found.
+        config: Thresholds; defaults otherwise.
+        **overrides: Fields of :class:`gradguard.GuardConfig` by name, for instance ``select="GG101"``.
+
+    Returns:
+        The diagnosis; one observation is enough for it to call a model healthy as far as it can be seen before training.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the loss is not a scalar.
+        UnsupportedModelError: If the model has nothing to train, or the loss depends on none of its parameters.
+
+    Example:
+        >>> import torch, gradguard
+        >>> _ = torch.manual_seed(0)
+        >>> layers = [m for _ in range(20) for m in (torch.nn.Linear(16, 16), torch.nn.Sigmoid())]
+        >>> model = torch.nn.Sequential(*layers, torch.nn.Linear(16, 1))
+        >>> gradguard.check(model, torch.randn(32, 16), lambda m, x: m(x).square().mean()).primary.code
+        'GG101'
+    """
+    settings = (config if config is not None else GuardConfig()).with_overrides(**overrides)
+    optimizers = check_optimizers(optimizer)
+    check_model(model, optimizers)
+    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has lazy parameters without a shape yet, and checking it would give them one. "
+            "Run one forward pass first, then check"
+        )
+    if not callable(compute_loss):
+        raise TypeError(
+            f"compute_loss must be callable as compute_loss(model, batch), got {type(compute_loss).__name__}"
+        )
+    if torch.is_inference_mode_enabled():
+        raise GradGuardError("check() needs gradients, and torch.inference_mode() rules them out; call it outside of it")
+    observing = Observing(model, optimizers, settings, on_failure=_raise, preflight=True)
+    with _untouched(model):
+        try:
+            observing.arm()
+            with torch.enable_grad():
+                loss = _scalar_loss(_call(compute_loss, model, batch))
+                gradients = _gradients(model, loss)
+            with torch.no_grad():
+                observing.losses.note(loss.detach().float(), step=0, optimizer=0)
+                observing.read(before_clipping=True, gradient_of=lambda p: gradients.get(id(p)), sample=False)
+                observing.finish(None, 0, batch=0)
+        finally:
+            observing.close()
+    return observing.diagnose(steps=0, batches=1, overhead=float("nan"))
+
+
+def _raise(place: str, error: BaseException) -> None:
+    error.add_note(f"while gradguard.check was in {place}")
+    raise error
+
+
+def _call(compute_loss: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
+    try:
+        return compute_loss(model, batch)
+    except Exception as error:
+        error.add_note("raised by compute_loss(model, batch) as called by gradguard.check; the model is as it was")
+        raise
+
+
+def _scalar_loss(value: Any) -> Tensor:
+    loss = value.get("loss") if isinstance(value, Mapping) else value
+    if not isinstance(loss, torch.Tensor):
+        raise TypeError(
+            f"compute_loss must return a scalar tensor, or a mapping with one under 'loss', got {type(value).__name__}"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"compute_loss must return a scalar, got a tensor of shape {tuple(loss.shape)}; reduce it, for instance by .mean()"
+        )
+    if not loss.requires_grad:
+        raise UnsupportedModelError(
+            "the loss depends on no trainable parameter: it has no gradient function. Look for .detach(), torch.no_grad(), "
+            ".item() or a conversion to numpy between the model's output and the loss"
+        )
+    return loss
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> dict[int, Tensor]:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        found = torch.autograd.grad(loss.reshape(()), trainable, allow_unused=True)
+    except RuntimeError as error:
+        if "heckpoint" in str(error):
+            error.add_note("gradguard.check uses torch.autograd.grad: checkpoint with use_reentrant=False")
+        raise
+    return {id(p): g for p, g in zip(trainable, found, strict=True) if g is not None}
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put back buffers, random states and modes as they were, also after an exception."""
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone(), getattr(buffer, "_version", 0))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  # the user's global state is meant
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002  # as above
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, before, version in buffers:
+                if buffer is not None and before is not None and buffer._version != version:
+                    buffer.copy_(before)
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer

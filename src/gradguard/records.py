@@ -1,0 +1,239 @@
+"""What one observation says: plain numbers and numpy arrays, no tensors.
+
+A run is a sequence of :class:`StepRecord`. Each belongs to one optimizer step of one optimizer and holds three groups of
+numbers: scalars, a column per layer statistic, and a column per parameter statistic. Tables name the rows; they are
+shared between records as long as the model does not change.
+
+Layer statistics (one number per module and observation; a module called several times is one row, its calls are pooled):
+
+==========================  ==========================================================================================
+``delta_norm``              L2 norm of the loss gradient at the module's output (Frobenius norm over the whole tensor);
+                            NaN where no gradient arrived, 0 for an exact zero, inf where an entry is NaN or infinite
+                            (an overflow of the squares alone is not: the norm is then estimated, and finite).
+``delta_max_abs``           Largest absolute entry of the same gradient; NaN and inf propagate.
+``input_delta_norm``        L2 norm of the loss gradient at the module's first input tensor; NaN where unknown.
+``input_delta_max_abs``     Largest absolute entry of the same gradient.
+``forward_rms``             Root mean square of the output; inf where an entry is NaN or infinite.
+``forward_max_abs``         Largest absolute entry of the output; NaN and inf propagate.
+``input_max_abs``           Largest absolute entry of the input; NaN and inf propagate.
+``zero_fraction``           Share of exact zeros in the output, 0..1.
+``inactive_fraction``       Share of units that were 0 for every example of this observation, 0..1. Only for modules whose
+                            zero output means a zero derivative (ReLU and its relatives); otherwise NaN.
+``dead_fraction``           Share of units inactive in every observation of the last ``dead_patience_steps`` optimizer
+                            steps (at least three observations); NaN before that many were seen, and where
+                            ``inactive_fraction`` is NaN.
+``input_inactive_fraction`` Like ``inactive_fraction``, for an input made by functional code (``F.relu``) just before
+                            this module; NaN where the input is another module's output, or raw data.
+``input_dead_fraction``     Like ``dead_fraction``, for the same input.
+``saturated_fraction``      Share of units whose derivative, averaged over the examples, is below 5 % of the activation's
+                            largest derivative, 0..1; bounded activations only (sigmoid, tanh, ...).
+``derivative_mean``         Root mean square of the activation's derivative over this observation's pre-activations.
+``calls``                   Number of calls pooled into the row.
+``gradient_calls``          Number of those calls whose output received a gradient.
+==========================  ==========================================================================================
+
+Parameter statistics (one number per parameter and observation):
+
+====================  ================================================================================================
+``grad_norm``         L2 norm of the accumulated, unscaled gradient before clipping; NaN where ``.grad`` is None, unreadable
+                      or another optimizer's; inf where an entry is NaN or infinite.
+``grad_max_abs``      Largest absolute gradient entry; NaN and inf propagate; NaN where ``.grad`` is None.
+``weight_norm``       L2 norm of the parameter before the update; inf where an entry is NaN or infinite.
+``weight_max_abs``    Largest absolute entry of the parameter before the update; NaN and inf propagate.
+``update_ratio``      L2 norm of the update over L2 norm of the weight, from at most ``sample_size`` entries; NaN unknown.
+``moved_fraction``    Share of sampled entries with a non-zero gradient that the step changed, 0..1; NaN unknown.
+``trainable``         1 where ``requires_grad``, else 0.
+``in_optimizer``      1 where a watched optimizer holds it (or there is none to ask), else 0.
+``lr``                Learning rate of its parameter group; NaN unknown.
+``absent``            1 where a gradient was due (trainable, this optimizer's) and ``.grad`` is None, else 0.
+====================  ================================================================================================
+
+Scalars: ``loss``, ``grad_norm`` (total over this optimizer's parameters, before clipping), ``grad_norm_at_step`` (the same
+when the optimizer ran, after the caller's clipping), ``lr``, ``loss_scale`` (1 without a scaler), ``read_before_clipping``
+(1 where ``record()`` or its like read the gradients, 0 where only the step hook did), ``micro_batches``, ``cost_s``
+(seconds this observation took), ``training`` (1 in train mode), ``skipped`` (1 where a scaler skipped the step).
+A scalar that is unknown is absent from the mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "LAYER_STATISTICS",
+    "PARAMETER_STATISTICS",
+    "FloatArray",
+    "LayerTable",
+    "OptimizerInfo",
+    "ParameterTable",
+    "RunInfo",
+    "StepRecord",
+]
+
+FloatArray: TypeAlias = NDArray[np.float64]
+
+LAYER_STATISTICS = (
+    "delta_norm",
+    "delta_max_abs",
+    "input_delta_norm",
+    "input_delta_max_abs",
+    "forward_rms",
+    "forward_max_abs",
+    "input_max_abs",
+    "zero_fraction",
+    "inactive_fraction",
+    "dead_fraction",
+    "input_inactive_fraction",
+    "input_dead_fraction",
+    "saturated_fraction",
+    "derivative_mean",
+    "calls",
+    "gradient_calls",
+)
+
+PARAMETER_STATISTICS = (
+    "grad_norm",
+    "grad_max_abs",
+    "weight_norm",
+    "weight_max_abs",
+    "update_ratio",
+    "moved_fraction",
+    "trainable",
+    "in_optimizer",
+    "lr",
+    "absent",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTable:
+    """Names of the layer rows of a record, in execution order (by first call).
+
+    Attributes:
+        names: Dotted module names, unique.
+        types: Class names, for instance ``"Linear"``.
+        kinds: Type and size for people, for instance ``"Linear 64>10"``.
+        roles: ``"affine"``, ``"norm"``, ``"activation"``, ``"recurrent"``, ``"embedding"``, ``"attention"`` or ``"other"``.
+        derivative_bounds: Largest derivative of the activation (0.25 for a sigmoid); NaN for other modules.
+    """
+
+    names: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    derivative_bounds: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.names), len(self.types), len(self.kinds), len(self.roles), len(self.derivative_bounds)}
+        if len(lengths) > 1:
+            raise ValueError(f"the columns of a LayerTable must have one length, got {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterTable:
+    """Names of the parameter rows of a record, in registration order.
+
+    Attributes:
+        names: Dotted parameter names, unique; a tied parameter stands once, under its first name.
+        aliases: Further names of a tied parameter, per row.
+        layers: Dotted name of the owning module, per row.
+        sizes: Number of entries.
+        dims: Number of dimensions.
+    """
+
+    names: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, ...], ...] = ()
+    layers: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.names), len(self.aliases), len(self.layers), len(self.sizes), len(self.dims)}
+        if len(lengths) > 1:
+            raise ValueError(f"the columns of a ParameterTable must have one length, got {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerInfo:
+    """What the rules need to know of an optimizer.
+
+    Attributes:
+        name: Class name, for instance ``"AdamW"``.
+        label: How reports call it where there are several, for instance ``"generator"``; empty for a single one.
+        adaptive: Whether it divides by a running gradient magnitude (Adam and relatives), so that scale hardly matters.
+        epsilon: Its ``eps``, NaN where it has none.
+    """
+
+    name: str
+    label: str = ""
+    adaptive: bool = False
+    epsilon: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """What is true of a whole run.
+
+    Attributes:
+        model: Class name of the model.
+        parameter_count: Trainable scalars.
+        optimizers: One per optimizer, in the order in which they were given; empty where none was given.
+        preflight: Whether this is a check before the first step rather than a run.
+        expects_updates: Whether optimizer steps are observed (False for a check).
+        classes: Width of the output where the loss looks like a classification, else 0.
+    """
+
+    model: str = ""
+    parameter_count: int = 0
+    optimizers: tuple[OptimizerInfo, ...] = ()
+    preflight: bool = False
+    expects_updates: bool = True
+    classes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One observation: everything read around one optimizer step.
+
+    Attributes:
+        step: Optimizer step of this optimizer, from 0.
+        batch: Backward passes seen before this step, from 0.
+        optimizer: Index into :attr:`RunInfo.optimizers`; 0 where none was given.
+        scalars: Numbers of the whole step, by name.
+        layers: Names of the layer rows.
+        layer_values: Per statistic an array of shape ``[len(layers)]``.
+        parameters: Names of the parameter rows.
+        parameter_values: Per statistic an array of shape ``[len(parameters)]``.
+    """
+
+    step: int
+    batch: int = 0
+    optimizer: int = 0
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    layers: LayerTable = field(default_factory=LayerTable)
+    layer_values: Mapping[str, FloatArray] = field(default_factory=dict)
+    parameters: ParameterTable = field(default_factory=ParameterTable)
+    parameter_values: Mapping[str, FloatArray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind, table, values in (
+            ("layer", self.layers, self.layer_values),
+            ("parameter", self.parameters, self.parameter_values),
+        ):
+            for name, column in values.items():
+                if column.shape != (len(table),):
+                    raise ValueError(
+                        f"{kind} column {name!r} of step {self.step} has shape {column.shape}, expected ({len(table)},): "
+                        f"one number for each of the table's rows"
+                    )
