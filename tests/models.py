@@ -127,7 +127,7 @@ class SequenceClassifier(nn.Module):
 
     def __init__(self, kind: str = "lstm", hidden: int = 32) -> None:
         super().__init__()
-        cells: dict[str, type[nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+        cells: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
         self.rnn = cells[kind](8, hidden, batch_first=True)
         self.out = nn.Linear(hidden, 10)
 

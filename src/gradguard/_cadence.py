@@ -1,4 +1,4 @@
-"""When to observe. The seam for a time budget: a cadence is asked before each step and told what an observation cost."""
+"""When to observe: a cadence is asked before each step, and told what an observation cost."""
 
 from __future__ import annotations
 

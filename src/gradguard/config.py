@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["GuardConfig"]
 
-_DEPTH = "Span statistic and limits are ours: 39 nets x 2 seeds x 2 optimizers; law: Schoenholz et al. 2017, arXiv 1611.01232"
+_DEPTH = (
+    "Span statistic and limits are ours: 39 nets x 2 seeds x 2 optimizers; "
+    "law: Schoenholz et al. 2017, arXiv 1611.01232"
+)
 
 
 def _number(default: float, *, unit: str, low: float, high: float = math.inf, source: str) -> Any:
@@ -35,8 +38,8 @@ class GuardConfig:
         select: Codes, names or families of rules to apply; empty means all.
         ignore: Codes, names or families of rules to leave out; wins over ``select``.
         on_finding: What to do during a run when a finding at ``WARNING`` or above begins: ``"warn"`` emits a
-            ``GradGuardWarning``, ``"raise"`` raises ``UnhealthyGradientsError``, ``"silent"`` keeps it for the report, a
-            callable is called with the ``Finding``.
+            ``GradGuardWarning``, ``"raise"`` raises ``UnhealthyGradientsError``, ``"silent"`` keeps it for the
+            report, a callable is called with the ``Finding``.
         on_error: ``"warn"`` switches a failing monitor off and lets training go on; ``"raise"`` is for tests.
         history_capacity: Observations kept in memory; see :class:`gradguard.history.History`.
         sample_size: Entries per parameter from which the update ratio is taken.
@@ -68,13 +71,19 @@ class GuardConfig:
         4096, unit="entries", low=16, source="Ours: relative error of a sampled norm is about 1/sqrt(2n), 1 % at 4096"
     )
     minimum_observations: int = _number(
-        3, unit="observations", low=1, source="Ours: a span that only shows at initialization needs a second and third look"
+        3,
+        unit="observations",
+        low=1,
+        source="Ours: a span that only shows at initialization needs a second and third look",
     )
     span_info: float = _number(2.0, unit="decades", low=0.0, source=_DEPTH)
     span_warning: float = _number(3.0, unit="decades", low=0.0, source=_DEPTH)
     span_late_explosion: float = _number(2.0, unit="decades", low=0.0, source=_DEPTH)
     span_patience_steps: int = _number(
-        100, unit="optimizer steps", low=1, source="Ours: Adam rescues default-initialized 20-layer ReLU nets by step 100"
+        100,
+        unit="optimizer steps",
+        low=1,
+        source="Ours: Adam rescues default-initialized 20-layer ReLU nets by step 100",
     )
     minimum_depth_layers: int = _number(6, unit="layers", low=2, source="Ours: fewer rows give no slope")
     growth_patience: int = _number(2, unit="observations", low=1, source="Ours: one look may catch a skipped branch")
@@ -92,7 +101,10 @@ class GuardConfig:
         0.5, unit="fraction", low=0.0, high=1.0, source="SageMaker Debugger SaturatedActivation: layer above 50 %"
     )
     update_ratio_high: float = _number(
-        1e-1, unit="ratio", low=0.0, source="Karpathy, CS231n notes (healthy about 1e-3); 1e-1: DeepDiagnosis, ICSE 2022"
+        1e-1,
+        unit="ratio",
+        low=0.0,
+        source="Karpathy, CS231n notes (healthy about 1e-3); 1e-1: DeepDiagnosis, ICSE 2022",
     )
     update_ratio_low: float = _number(
         1e-6, unit="ratio", low=0.0, source="Ours: healthy nets fall to 10^-5.9 late in training"
@@ -105,8 +117,11 @@ class GuardConfig:
                 _check_number(item.name, getattr(self, item.name), item.metadata, whole=item.type == "int")
         _check_choice("on_error", self.on_error, ("warn", "raise"))
         if not callable(self.on_finding):
-            _check_choice("on_finding", self.on_finding, ("warn", "raise", "silent"), more=" or a callable taking a Finding")
-        if any(not isinstance(step, int) or step < 0 for step in self.dense_steps):
+            _check_choice(
+                "on_finding", self.on_finding, ("warn", "raise", "silent"), more=" or a callable taking a Finding"
+            )
+        steps: tuple[object, ...] = tuple(self.dense_steps)
+        if not all(isinstance(step, int) and step >= 0 for step in steps):
             raise ValueError(f"dense_steps must be optimizer steps from 0, got {self.dense_steps!r}")
         for name in ("select", "ignore"):
             self._check_rules(name)
@@ -114,7 +129,7 @@ class GuardConfig:
     def _check_rules(self, name: str) -> None:
         from gradguard.rules import resolve
 
-        value = getattr(self, name)
+        value: object = getattr(self, name)
         if isinstance(value, str):
             object.__setattr__(self, name, (value,))
         elif not isinstance(value, Iterable):

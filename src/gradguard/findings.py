@@ -187,11 +187,14 @@ class LayerProfile:
     Attributes:
         name: Dotted module name.
         kind: Type and size, for instance ``"Linear 64>10"``.
-        role: ``"affine"``, ``"norm"``, ``"activation"``, ``"recurrent"``, ``"embedding"``, ``"attention"``, ``"other"``.
+        role: ``"affine"``, ``"norm"``, ``"activation"``, ``"recurrent"``, ``"embedding"``, ``"attention"``,
+            ``"other"``.
         delta_norm: L2 norm of the loss gradient at the layer's output, ``nan`` where none arrived.
-        gain: Factor by which the gradient changes on its way from this row's output to the previous row's, > 0; ``nan`` where unknown.
+        gain: Factor by which the gradient changes on its way from this row's output to the previous row's, > 0;
+            ``nan`` where unknown.
         forward_rms: Root mean square of the layer's output.
-        active_fraction: Share of units that were non-zero for at least one example, 0 to 1; ``nan`` where it does not apply.
+        active_fraction: Share of units that were non-zero for at least one example, 0 to 1; ``nan`` where it does not
+            apply.
         trunk: Whether the row counts towards the depth criterion.
         mark: Code of the finding whose culprit it is, or empty.
     """
@@ -217,7 +220,7 @@ class Unobserved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """A run in a few numbers. Unknown values are ``nan``; every norm is an L2 norm of unscaled gradients before clipping.
+    """A run in a few numbers; unknown ones are ``nan``. Norms are L2 norms of unscaled gradients before clipping.
 
     Attributes:
         kind: ``"run"`` for a watched run, ``"check"`` for a check before the first step.
@@ -232,7 +235,8 @@ class RunSummary:
         grad_norm_p5: See ``grad_norm_median``.
         grad_norm_p95: See ``grad_norm_median``.
         update_ratio_log10: Median of log10 of the update-to-weight ratio over matrices at the last observation.
-        span_decades: Depth span at the last observation, in decades; negative means the gradient shrinks towards the input.
+        span_decades: Depth span at the last observation, in decades; negative means the gradient shrinks towards the
+            input.
         dead_fraction: Largest share of dead units in a layer, 0 to 1.
         dead_layer: That layer.
         overhead_fraction: Time spent in gradguard over wall time since attaching, 0 to 1.
@@ -287,7 +291,7 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool | None:
-        """``False`` where a finding at ``WARNING`` or above stands, ``None`` where too little was observed, else ``True``."""
+        """``False`` where a finding at ``WARNING`` or above stands, ``None`` if too little was seen, else ``True``."""
         if self.primary is not None:
             return False
         return True if self.sufficient else None

@@ -8,18 +8,19 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gradguard._cadence import FixedCadence
+from gradguard._alerts import Alerts
+from gradguard._arguments import check_model, check_optimizers
+from gradguard._cadence import Cadence, FixedCadence
 from gradguard.config import GuardConfig
-from gradguard.errors import GradGuardWarning, UnhealthyGradientsError, UnsupportedModelError
-from gradguard.findings import Diagnosis, Finding, Severity
-from gradguard.monitors._hooks import HookSet
-from gradguard.monitors.gradients import find_parameters
+from gradguard.errors import GradGuardWarning, UnsupportedModelError
+from gradguard.findings import Diagnosis
+from gradguard.monitors._hooks import HookSet, StepHook
 from gradguard.observing import Observing
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def watch(
         model: Any module with trainable parameters.
         optimizer: The optimizer or optimizers that update it, or ``None`` for a loop that calls :meth:`Guard.step`.
         config: Thresholds and cadence; defaults otherwise.
-        scaler: The ``torch.amp.GradScaler`` of the loop, if there is one, so that norms are those of unscaled gradients.
+        scaler: The ``torch.amp.GradScaler`` of the loop, if there is one, so that norms are those of unscaled
+            gradients.
         **overrides: Fields of :class:`gradguard.GuardConfig` by name, for instance ``every=1``.
 
     Returns:
@@ -59,8 +61,8 @@ def watch(
 
     Raises:
         TypeError: If an argument is of the wrong kind or an option is unknown.
-        UnsupportedModelError: If the model has nothing to train, the optimizer holds none of its parameters, or the model
-            is already watched with other optimizers.
+        UnsupportedModelError: If the model has nothing to train, the optimizer holds none of its parameters, or the
+            model is already watched with other optimizers.
 
     Example:
         >>> import torch, gradguard
@@ -83,11 +85,11 @@ def watch(
     known = _GUARDS.get(model)
     guard = known() if known is not None else None
     if guard is not None and guard.attached:
-        if guard._holds(optimizers):
+        if guard.holds(optimizers):
             return guard
         raise UnsupportedModelError(
-            f"this {type(model).__name__} is already watched with {guard._describe_optimizers()}, and cannot be watched with "
-            f"other optimizers at the same time. Call detach() on the first guard, or pass all optimizers in one call: "
+            f"this {type(model).__name__} is already watched with {guard.optimizer_names}, and cannot be watched with "
+            "other optimizers at the same time. Call detach() on the first guard, or pass all in one call: "
             "gradguard.watch(model, [first, second])"
         )
     return Guard(model, optimizers, settings, scaler=scaler)
@@ -115,17 +117,19 @@ class Guard:
         self._optimizers = tuple(optimizers)
         count = max(1, len(self._optimizers))
         self._observing = Observing(model, self._optimizers, config, on_failure=self._on_monitor_failure, scaler=scaler)
-        self._cadences = [FixedCadence(every=config.every, dense=config.dense_steps) for _ in range(count)]
+        self._cadences: list[Cadence] = [
+            FixedCadence(every=config.every, dense=config.dense_steps) for _ in range(count)
+        ]
         self._steps = [0] * count
         self._batches = 0
         self._hooks = HookSet()
         self._step_hooks = HookSet()
         self._waiting: deque[tuple[Tensor | float, str]] = deque(maxlen=_WAITING_LOSSES)
-        self._announced: set[tuple[str, str]] = set()
+        self._alerts = Alerts(config)
         self._first_s: float | None = None
         self._last_s = 0.0
         for index, optimizer in enumerate(self._optimizers):
-            self._hooks.add(optimizer.register_step_post_hook(_StepHook(self, Guard._after_step, index)))
+            self._hooks.add(optimizer.register_step_post_hook(StepHook(self, Guard._after_step, index)))
         self._arm_if_due()
         _GUARDS[model] = weakref.ref(self)
 
@@ -137,7 +141,7 @@ class Guard:
 
     @property
     def overhead(self) -> float:
-        """Share of wall time spent in gradguard since the first step, 0 to 1, as seen from the host; NaN before that."""
+        """Share of wall time spent in gradguard since the first step, 0 to 1, seen from the host; NaN before that."""
         if self._first_s is None or self._last_s <= self._first_s:
             return math.nan
         return self._observing.overhead_s / (self._last_s - self._first_s)
@@ -169,12 +173,12 @@ class Guard:
         self._tock(started)
 
     def step(self) -> None:
-        """Count an optimizer step by hand, in loops whose optimizer is no ``torch.optim.Optimizer``. Call after the update."""
+        """Count a step by hand, after the update, in loops whose optimizer is no ``torch.optim.Optimizer``."""
         if not self.attached:
             return
         if self._optimizers:
             raise UnsupportedModelError(
-                f"step() was called, but the steps of {self._describe_optimizers()} are already counted by a hook. "
+                f"step() was called, but the steps of {self.optimizer_names} are already counted by a hook. "
                 "Drop the call, or watch the model without an optimizer: gradguard.watch(model)"
             )
         self._complete(0)
@@ -208,18 +212,21 @@ class Guard:
         if _GUARDS.get(self._model) is not None and _GUARDS[self._model]() is self:
             del _GUARDS[self._model]
 
-    def __enter__(self) -> Guard:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _holds(self, optimizers: Sequence[Optimizer]) -> bool:
+    def holds(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether these are the watched optimizers, in this order."""
         return len(optimizers) == len(self._optimizers) and all(
             mine is other for mine, other in zip(self._optimizers, optimizers, strict=True)
         )
 
-    def _describe_optimizers(self) -> str:
+    @property
+    def optimizer_names(self) -> str:
+        """The watched optimizers in words."""
         return ", ".join(type(opt).__name__ for opt in self._optimizers) or "no optimizer"
 
     def _armed(self) -> bool:
@@ -233,7 +240,7 @@ class Guard:
         self._observing.arm()
         if not len(self._step_hooks):
             for index, optimizer in enumerate(self._optimizers):
-                self._step_hooks.add(optimizer.register_step_pre_hook(_StepHook(self, Guard._before_step, index)))
+                self._step_hooks.add(optimizer.register_step_pre_hook(StepHook(self, Guard._before_step, index)))
 
     def _note_loss(self, loss: Tensor | float, name: str) -> None:
         if len(self._steps) > 1:
@@ -253,6 +260,8 @@ class Guard:
                 self._observing.labels[index] = name
 
     def _before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.attached:
+            return None
         started = self._tick()
         closure_at = next((at for at, value in enumerate(args) if at > 0 and callable(value)), None)
         closure = kwargs.get("closure") if closure_at is None else args[closure_at]
@@ -293,8 +302,9 @@ class Guard:
         else:
             self._guarded("reading gradients at the step", self._observing.read_at_step, index)
 
-    def _after_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._complete(index)
+    def _after_step(self, index: int, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        if self.attached:
+            self._complete(index)
 
     def _complete(self, index: int) -> None:
         started = self._tick()
@@ -303,8 +313,7 @@ class Guard:
         armed = due or self._armed()
         self._assign_losses(index)
         self._steps[index] += 1
-        if self._batches < self._steps[index]:
-            self._batches = self._steps[index]
+        self._batches = max(self._batches, self._steps[index])
         record = None
         if due:
             record = self._guarded("finishing an observation", self._finish, index, step, started)
@@ -322,31 +331,16 @@ class Guard:
         return record
 
     def _announce(self, step: int) -> None:
-        """Tell the user about findings that began or ended with this observation."""
-        started = time.perf_counter()
-        findings = self._guarded("judging", self._observing.findings) or []
-        self._observing.spent_s += time.perf_counter() - started
-        for finding in findings:
-            key = (finding.code, finding.optimizer)
-            if finding.standing and finding.severity >= Severity.WARNING:
-                if key not in self._announced:
-                    self._announced.add(key)
-                    self._cadences[0].look_closer(step)
-                    self._arm_if_due()
-                    self._tell(finding)
-            elif not finding.standing:
-                self._announced.discard(key)
-
-    def _tell(self, finding: Finding) -> None:
-        action = self.config.on_finding
-        if callable(action):
-            action(finding)
-            return
-        line = f"gradguard: step {finding.step}: {finding.code} {finding.name}, {finding.message}"
-        if action == "raise":
-            raise UnhealthyGradientsError(line)
-        if action == "warn":
-            warnings.warn(line, GradGuardWarning, stacklevel=2)
+        """Tell the user about findings that began with this observation."""
+        started = self._tick()
+        news = self._alerts.news(self._guarded("judging", self._observing.findings) or [])
+        if news:
+            for cadence in self._cadences:
+                cadence.look_closer(step)
+            self._arm_if_due()
+        self._tock(started)
+        for finding in news:
+            self._alerts.tell(finding)
 
     def _explain_missing(self, what: str) -> None:
         signals = self._observing.signals
@@ -406,64 +400,3 @@ class Guard:
     def _tock(self, started: float) -> None:
         self._last_s = time.perf_counter()
         self._observing.spent_s += self._last_s - started
-
-
-class _StepHook:
-    """Optimizer hook that owns the guard: torch drops it when an optimizer is copied or pickled."""
-
-    __slots__ = ("_guard", "_index", "_method")
-
-    def __init__(self, guard: Guard, method: Callable[..., Any], index: int) -> None:
-        self._guard = guard
-        self._method = method
-        self._index = index
-
-    def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._guard.attached and not torch.compiler.is_compiling():
-            return self._method(self._guard, self._index, args, kwargs)
-        return None
-
-
-def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
-    if optimizer is None:
-        return ()
-    given = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
-    unwrapped = tuple(_unwrap(item) for item in given)
-    for item in unwrapped:
-        if not isinstance(item, Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, a sequence of them or None, got {type(item).__name__}. "
-                "For an optimizer of another kind pass none, and call guard.step() after each update"
-            )
-    return unwrapped
-
-
-def _unwrap(optimizer: Any) -> Any:
-    """Return the torch optimizer inside the wrappers of Accelerate, Fabric or Lightning."""
-    for _ in range(4):
-        inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, Optimizer) or inner is optimizer:
-            break
-        optimizer = inner
-    return optimizer
-
-
-def check_model(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    parameters = [named.parameter for named in find_parameters(model)]
-    lazy = any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters())
-    if not lazy and not any(p.requires_grad for p in parameters):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no trainable parameter ({len(parameters)} in all, none with requires_grad), so there "
-            "are no gradients to watch. Pass the model that the optimizer updates, or unfreeze a layer first"
-        )
-    ids = {id(p) for p in model.parameters()}
-    for optimizer in optimizers:
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        if held and not any(id(p) in ids for p in held):
-            raise UnsupportedModelError(
-                f"the {type(optimizer).__name__} holds {len(held)} parameters, and none of them belongs to this "
-                f"{type(model).__name__}. Pass the optimizer that updates this model: built from its parameters(), and after "
-                "any replacement of layers"
-            )

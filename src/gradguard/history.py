@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,16 +11,19 @@ from gradguard.records import FloatArray, LayerTable, ParameterTable, RunInfo, S
 
 __all__ = ["History"]
 
+Item = TypeVar("Item")
+
 _HEAD = 32
-"""Observations at the start of a run that are never thinned out: most illnesses show there, and ``first seen`` needs them."""
+"""First observations, never thinned out: most illnesses show there, and "first seen" needs them."""
 
 
 class History:
     """Observations of a run, oldest first, by statistic name.
 
-    Memory is bounded whatever the run's length: at most ``capacity`` observations are kept. When they are full, the first
-    32 and the newest third stay, and every second one in between goes. One layer costs at most
-    ``capacity * len(LAYER_STATISTICS) * 8`` bytes (32 KiB at the default capacity of 256 and 16 statistics), one parameter
+    Memory is bounded whatever the run's length: at most ``capacity`` observations are kept. When they are full, the
+    first 32 and the newest third stay, and every second one in between goes. One layer costs at most
+    ``capacity * len(LAYER_STATISTICS) * 8`` bytes (32 KiB at the default capacity of 256 and 16 statistics), one
+    parameter
     ``capacity * len(PARAMETER_STATISTICS) * 8`` bytes (20 KiB); losses, recorded at every step, cost 64 KiB in all.
 
     Example:
@@ -66,9 +70,7 @@ class History:
         self._records.append(record)
         self._seen += 1
         if len(self._records) > self.capacity:
-            tail = self.capacity // 3
-            middle = self._records[_HEAD:-tail]
-            self._records[_HEAD:-tail] = middle[::2]
+            _thin(self._records, self.capacity - self.capacity // 3)
         self._cache.clear()
         self._tables = None
 
@@ -79,8 +81,9 @@ class History:
         self._loss_optimizers.append(optimizer)
         if len(self._losses) > self.loss_capacity:
             half = self.loss_capacity // 2
-            for column in (self._loss_steps, self._losses, self._loss_optimizers):
-                column[_HEAD:half] = column[_HEAD:half:2]  # type: ignore[index]  # the three lists differ in item type
+            _thin(self._loss_steps, half)
+            _thin(self._losses, half)
+            _thin(self._loss_optimizers, half)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -102,7 +105,7 @@ class History:
 
     @property
     def losses(self) -> tuple[FloatArray, FloatArray]:
-        """Steps and losses, oldest first, each of shape ``[losses]``; recorded at every step, not only at observations."""
+        """Steps and losses, oldest first, each of shape ``[losses]``; kept for every step, not only observed ones."""
         return np.array(self._loss_steps, dtype=np.float64), np.array(self._losses, dtype=np.float64)
 
     @property
@@ -177,6 +180,11 @@ class History:
             column.setflags(write=False)
             self._cache[key] = column
         return self._cache[key]
+
+
+def _thin(column: list[Item], until: int) -> None:
+    """Keep the head, and every second item from there to ``until``."""
+    column[_HEAD:until] = column[_HEAD:until:2]
 
 
 def _merge_layers(tables: Sequence[LayerTable]) -> LayerTable:

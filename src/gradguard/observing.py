@@ -7,7 +7,6 @@ optimizer step - ``finish`` (the one transfer; a record is appended). ``discard`
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +68,10 @@ class Observing:
         self.history = History(self._run_info(preflight=preflight), capacity=config.history_capacity)
         self.notes: dict[str, Unobserved] = {note.what: note for note in self.signals.unobserved()}
         self.spent_s = 0.0
+        self._scaled: list[bool]
+        self._scale: Handle | None
+        self._at_step: list[Norm]
+        self._found_inf: Handle | None
         self._begin()
 
     @property
@@ -207,12 +210,11 @@ class Observing:
         self.signals.reset(self._readback)
         self._read = False
         self._before_clipping = True
-        self._scaled: list[bool] = []
-        self._scale: Handle | None = None
-        self._at_step: list[Norm] = []
+        self._scaled = []
+        self._scale = None
+        self._at_step = []
         self._at_step_scaled = False
-        self._found_inf: Handle | None = None
-        self._started_s = time.perf_counter()
+        self._found_inf = None
 
     def _record(self, index: int | None, step: int, batch: int, cost_s: float) -> StepRecord:
         readback = self._readback
@@ -263,7 +265,7 @@ class Observing:
         return {id(p): group for opt in self._optimizers for group in opt.param_groups for p in group["params"]}
 
     def _is_scaled(self, optimizer: Optimizer) -> bool:
-        """Whether a loss scaler's factor is still in the gradients; the state it keeps that in is private (torch 2.13)."""
+        """Whether a loss scaler's factor is still in the gradients; it keeps that in a private state (torch 2.13)."""
         if isinstance(getattr(optimizer, "grad_scale", None), torch.Tensor):
             return True
         if self._scaler is None or not self._scaler.is_enabled():
@@ -285,7 +287,8 @@ class Observing:
             model=type(self._model).__name__,
             parameter_count=sum(p.numel() for p in parameters if p.requires_grad),
             optimizers=tuple(
-                optimizer_info(optimizer, label) for optimizer, label in zip(self._optimizers, self.labels, strict=False)
+                optimizer_info(optimizer, label)
+                for optimizer, label in zip(self._optimizers, self.labels, strict=False)
             ),
             preflight=preflight,
             expects_updates=not preflight,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from gradguard._arguments import check_model, check_optimizers, has_lazy_parameters
 from gradguard.config import GuardConfig
 from gradguard.errors import GradGuardError, UnsupportedModelError
 from gradguard.findings import Diagnosis
-from gradguard.guard import check_model, check_optimizers
 from gradguard.observing import Observing
 
 if TYPE_CHECKING:
@@ -35,21 +35,24 @@ def check(
 ) -> Diagnosis:
     """Check a model before its first step, by one forward and one backward pass.
 
-    Gradients are taken with ``torch.autograd.grad``, so nothing of the user's fires or moves: parameters, buffers, ``.grad``,
-    random states (torch, numpy, ``random``), train or eval mode and hooks are left exactly as they were. Attributes that the
-    model itself changes in ``forward`` (a Python counter) are beyond reach.
+    Gradients are taken with ``torch.autograd.grad``, so nothing of the user's fires or moves: parameters, buffers,
+    ``.grad``,
+    random states (torch, numpy, ``random``), train or eval mode and hooks are left exactly as they were. Attributes
+    that the model itself changes in ``forward`` (a Python counter) are beyond reach.
 
     Args:
         model: Any module with trainable parameters; a LightningModule needs no Trainer.
         batch: What ``compute_loss`` takes as its second argument.
-        compute_loss: Called once as ``compute_loss(model, batch)``; returns the scalar loss, or a mapping with ``"loss"``.
+        compute_loss: Called once as ``compute_loss(model, batch)``; returns the scalar loss, or a mapping with
+            ``"loss"``.
         optimizer: The optimizer or optimizers to be used, if known: levels differ between SGD and Adam, and parameters
             that no optimizer holds are found.
         config: Thresholds; defaults otherwise.
         **overrides: Fields of :class:`gradguard.GuardConfig` by name, for instance ``select="GG101"``.
 
     Returns:
-        The diagnosis; one observation is enough for it to call a model healthy as far as it can be seen before training.
+        The diagnosis; one observation is enough for it to call a model healthy as far as it can be seen before
+        training.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -67,7 +70,7 @@ def check(
     settings = (config if config is not None else GuardConfig()).with_overrides(**overrides)
     optimizers = check_optimizers(optimizer)
     check_model(model, optimizers)
-    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
+    if has_lazy_parameters(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has lazy parameters without a shape yet, and checking it would give them one. "
             "Run one forward pass first, then check"
@@ -77,7 +80,9 @@ def check(
             f"compute_loss must be callable as compute_loss(model, batch), got {type(compute_loss).__name__}"
         )
     if torch.is_inference_mode_enabled():
-        raise GradGuardError("check() needs gradients, and torch.inference_mode() rules them out; call it outside of it")
+        raise GradGuardError(
+            "check() needs gradients, and torch.inference_mode() rules them out; call it outside of it"
+        )
     observing = Observing(model, optimizers, settings, on_failure=_raise, preflight=True)
     with _untouched(model):
         try:
@@ -115,12 +120,13 @@ def _scalar_loss(value: Any) -> Tensor:
         )
     if loss.numel() != 1:
         raise ValueError(
-            f"compute_loss must return a scalar, got a tensor of shape {tuple(loss.shape)}; reduce it, for instance by .mean()"
+            f"compute_loss must return a scalar, got a tensor of shape {tuple(loss.shape)}; "
+            "reduce it, for instance by .mean()"
         )
     if not loss.requires_grad:
         raise UnsupportedModelError(
-            "the loss depends on no trainable parameter: it has no gradient function. Look for .detach(), torch.no_grad(), "
-            ".item() or a conversion to numpy between the model's output and the loss"
+            "the loss depends on no trainable parameter: it has no gradient function. Look for .detach(), "
+            "torch.no_grad(), .item() or a conversion to numpy between the model's output and the loss"
         )
     return loss
 
@@ -133,7 +139,8 @@ def _gradients(model: nn.Module, loss: Tensor) -> dict[int, Tensor]:
         if "heckpoint" in str(error):
             error.add_note("gradguard.check uses torch.autograd.grad: checkpoint with use_reentrant=False")
         raise
-    return {id(p): g for p, g in zip(trainable, found, strict=True) if g is not None}
+    pairs: Iterable[tuple[nn.Parameter, Tensor | None]] = zip(trainable, found, strict=True)
+    return {id(p): g for p, g in pairs if g is not None}
 
 
 @contextlib.contextmanager

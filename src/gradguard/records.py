@@ -1,10 +1,10 @@
 """What one observation says: plain numbers and numpy arrays, no tensors.
 
-A run is a sequence of :class:`StepRecord`. Each belongs to one optimizer step of one optimizer and holds three groups of
-numbers: scalars, a column per layer statistic, and a column per parameter statistic. Tables name the rows; they are
+A run is a sequence of :class:`StepRecord`. Each belongs to one optimizer step of one optimizer and holds three groups
+of numbers: scalars, a column per layer statistic, and a column per parameter statistic. Tables name the rows; they are
 shared between records as long as the model does not change.
 
-Layer statistics (one number per module and observation; a module called several times is one row, its calls are pooled):
+Layer statistics (one number per module and observation; the calls of a module that runs several times are pooled):
 
 ==========================  ==========================================================================================
 ``delta_norm``              L2 norm of the loss gradient at the module's output (Frobenius norm over the whole tensor);
@@ -17,16 +17,16 @@ Layer statistics (one number per module and observation; a module called several
 ``forward_max_abs``         Largest absolute entry of the output; NaN and inf propagate.
 ``input_max_abs``           Largest absolute entry of the input; NaN and inf propagate.
 ``zero_fraction``           Share of exact zeros in the output, 0..1.
-``inactive_fraction``       Share of units that were 0 for every example of this observation, 0..1. Only for modules whose
-                            zero output means a zero derivative (ReLU and its relatives); otherwise NaN.
+``inactive_fraction``       Share of units that were 0 for every example of this observation, 0..1. Only for modules
+                            whose zero output means a zero derivative (ReLU and its relatives); otherwise NaN.
 ``dead_fraction``           Share of units inactive in every observation of the last ``dead_patience_steps`` optimizer
                             steps (at least three observations); NaN before that many were seen, and where
                             ``inactive_fraction`` is NaN.
 ``input_inactive_fraction`` Like ``inactive_fraction``, for an input made by functional code (``F.relu``) just before
                             this module; NaN where the input is another module's output, or raw data.
 ``input_dead_fraction``     Like ``dead_fraction``, for the same input.
-``saturated_fraction``      Share of units whose derivative, averaged over the examples, is below 5 % of the activation's
-                            largest derivative, 0..1; bounded activations only (sigmoid, tanh, ...).
+``saturated_fraction``      Share of units whose derivative, averaged over the examples, is below 5 % of the
+                            activation's largest derivative, 0..1; bounded activations only (sigmoid, tanh, ...).
 ``derivative_mean``         Root mean square of the activation's derivative over this observation's pre-activations.
 ``calls``                   Number of calls pooled into the row.
 ``gradient_calls``          Number of those calls whose output received a gradient.
@@ -35,12 +35,13 @@ Layer statistics (one number per module and observation; a module called several
 Parameter statistics (one number per parameter and observation):
 
 ====================  ================================================================================================
-``grad_norm``         L2 norm of the accumulated, unscaled gradient before clipping; NaN where ``.grad`` is None, unreadable
-                      or another optimizer's; inf where an entry is NaN or infinite.
+``grad_norm``         L2 norm of the accumulated, unscaled gradient before clipping; NaN where ``.grad`` is None,
+                      unreadable or another optimizer's; inf where an entry is NaN or infinite.
 ``grad_max_abs``      Largest absolute gradient entry; NaN and inf propagate; NaN where ``.grad`` is None.
 ``weight_norm``       L2 norm of the parameter before the update; inf where an entry is NaN or infinite.
 ``weight_max_abs``    Largest absolute entry of the parameter before the update; NaN and inf propagate.
-``update_ratio``      L2 norm of the update over L2 norm of the weight, from at most ``sample_size`` entries; NaN unknown.
+``update_ratio``      L2 norm of the update over L2 norm of the weight, from at most ``sample_size`` entries; NaN
+                      unknown.
 ``moved_fraction``    Share of sampled entries with a non-zero gradient that the step changed, 0..1; NaN unknown.
 ``trainable``         1 where ``requires_grad``, else 0.
 ``in_optimizer``      1 where a watched optimizer holds it (or there is none to ask), else 0.
@@ -48,11 +49,11 @@ Parameter statistics (one number per parameter and observation):
 ``absent``            1 where a gradient was due (trainable, this optimizer's) and ``.grad`` is None, else 0.
 ====================  ================================================================================================
 
-Scalars: ``loss``, ``grad_norm`` (total over this optimizer's parameters, before clipping), ``grad_norm_at_step`` (the same
-when the optimizer ran, after the caller's clipping), ``lr``, ``loss_scale`` (1 without a scaler), ``read_before_clipping``
-(1 where ``record()`` or its like read the gradients, 0 where only the step hook did), ``micro_batches``, ``cost_s``
-(seconds this observation took), ``training`` (1 in train mode), ``skipped`` (1 where a scaler skipped the step).
-A scalar that is unknown is absent from the mapping.
+Scalars: ``grad_norm`` (total over this optimizer's parameters, before clipping), ``grad_norm_at_step`` (the same when
+the optimizer ran, after the caller's clipping), ``lr``, ``loss_scale`` (1 without a scaler), ``read_before_clipping``
+(1 where ``record()`` read the gradients, 0 where only the step hook did), ``cost_s`` (seconds of host time that
+finishing the observation took). A scalar that is unknown is absent from the mapping. A step that a loss scaler skipped
+gives no record. Losses are kept for every step, by :meth:`gradguard.history.History.note_loss`.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ class LayerTable:
         names: Dotted module names, unique.
         types: Class names, for instance ``"Linear"``.
         kinds: Type and size for people, for instance ``"Linear 64>10"``.
-        roles: ``"affine"``, ``"norm"``, ``"activation"``, ``"recurrent"``, ``"embedding"``, ``"attention"`` or ``"other"``.
+        roles: ``"affine"``, ``"norm"``, ``"activation"``, ``"recurrent"``, ``"embedding"``, ``"attention"`` or
+            ``"other"``.
         derivative_bounds: Largest derivative of the activation (0.25 for a sigmoid); NaN for other modules.
     """
 
@@ -234,6 +236,6 @@ class StepRecord:
             for name, column in values.items():
                 if column.shape != (len(table),):
                     raise ValueError(
-                        f"{kind} column {name!r} of step {self.step} has shape {column.shape}, expected ({len(table)},): "
-                        f"one number for each of the table's rows"
+                        f"{kind} column {name!r} of step {self.step} has shape {column.shape}, "
+                        f"expected ({len(table)},): one number for each of the table's rows"
                     )

@@ -61,12 +61,13 @@ def assert_healthy_gradients(
 
 
 def _severity(value: str | Severity) -> Severity:
-    names = {level.name.lower(): level for level in Severity}
     if isinstance(value, Severity):
         return value
-    if not isinstance(value, str) or value.lower() not in names:
+    names = {level.name.lower(): level for level in Severity}
+    level = names.get(str(value).lower())
+    if level is None:
         raise ValueError(f"fail_on must be one of {', '.join(map(repr, names))}, got {value!r}")
-    return names[value.lower()]
+    return level
 
 
 def _plain(diagnosis: Diagnosis) -> str:

@@ -86,7 +86,7 @@ def describe(module: nn.Module) -> ModuleInfo:
     without parameters as something else.
     """
     name = type(module).__name__
-    own = [p for p in module.parameters(recurse=False) if p is not None]
+    own = list(module.parameters(recurse=False))
     if "norm" in name.lower() and all(p.ndim <= 1 for p in own):
         return ModuleInfo(name, "norm")
     if any(p.ndim >= 2 for p in own):

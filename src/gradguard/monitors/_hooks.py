@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self
 
 import torch
 
-__all__ = ["Hook", "HookSet", "in_backward", "in_functorch"]
-
-Owner = TypeVar("Owner")
+__all__ = ["Hook", "HookSet", "StepHook", "in_backward", "in_functorch"]
 
 
 class _Removable(Protocol):
@@ -44,7 +42,7 @@ class HookSet:
     def __len__(self) -> int:
         return len(self._handles)
 
-    def __enter__(self) -> HookSet:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,6 +78,25 @@ class Hook:
 
     def __reduce__(self) -> tuple[Callable[[], Hook], tuple[()]]:
         return _inert, ()
+
+
+class StepHook:
+    """An optimizer hook that calls ``method(owner, index, args, kwargs)`` and keeps its owner alive.
+
+    Torch drops optimizer hooks when an optimizer is copied or pickled.
+    """
+
+    __slots__ = ("_index", "_method", "_owner")
+
+    def __init__(self, owner: Any, method: Callable[..., Any], index: int) -> None:
+        self._owner = owner
+        self._method = method
+        self._index = index
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        return self._method(self._owner, self._index, args, kwargs)
 
 
 def _inert(*_: Any) -> Hook:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["Handle", "Norm", "Readback", "dense", "queue_norm", "queue_norms", "subsample"]
 
 _EXACT_ENTRIES = 1 << 16
-"""Tensors up to this size are reduced in float64 (a copy of at most 512 KiB); larger ones in their own precision, with a
-float64 subsample of at most this many entries to fall back on where squares leave the range of float32."""
+"""Tensors up to this size are reduced in float64 (a copy of at most 512 KiB); larger ones in their own precision,
+with a float64 subsample of at most this many entries to fall back on where squares leave the range of float32."""
 
 _CHUNK_ENTRIES = 1 << 22
-"""Half-precision tensors are widened in pieces of this size, so that no observation costs more than 16 MiB of copies."""
+"""Half-precision tensors are widened in pieces of this size, so that a copy never exceeds 16 MiB."""
 
 _RELIABLE_L2 = 1e-18
 """Below this a float32 L2 norm may have lost entries whose squares underflow (smallest subnormal 1e-45)."""
@@ -75,10 +75,10 @@ class Norm:
     low_high_offset: int = 1
 
     def resolve(self, readback: Readback) -> tuple[float, float]:
-        """Return the L2 norm and the largest absolute entry. NaN and inf propagate into the entry; the norm is then inf.
+        """Return the L2 norm and the largest absolute entry; with a NaN or inf the entry is that, and the norm inf.
 
-        A finite tensor whose squares leave the range of float32 gets its L2 norm from a float64 subsample, scaled by the
-        square root of the sizes' ratio; it is then an estimate, never a false 0 or inf.
+        A finite tensor whose squares leave the range of float32 gets its L2 norm from a float64 subsample, scaled by
+        the square root of the sizes' ratio; it is then an estimate, never a false 0 or inf.
         """
         l2 = readback.value(self.l2)
         low, high = readback.value(self.low_high), readback.value(self.low_high, self.low_high_offset)
@@ -97,8 +97,8 @@ class Norm:
 def dense(tensor: Tensor) -> Tensor | None:
     """Return a strided, real view (or the values) of a tensor whose norm is that of the original.
 
-    Sparse gradients are coalesced first: uncoalesced values may hold a row twice. Complex tensors are viewed as pairs of
-    reals. ``None`` where there is nothing to measure: meta tensors, integers, sharded tensors.
+    Sparse gradients are coalesced first: uncoalesced values may hold a row twice. Complex tensors are viewed as pairs
+    of reals. ``None`` where there is nothing to measure: meta tensors, integers, sharded tensors.
     """
     if tensor.is_meta or hasattr(tensor, "_local_tensor"):
         return None
@@ -112,7 +112,7 @@ def dense(tensor: Tensor) -> Tensor | None:
 
 
 def subsample(tensor: Tensor, entries: int) -> Tensor | None:
-    """Return at most about ``entries`` evenly spaced entries as a flat view or small copy; ``None`` if that needs a big copy."""
+    """Return at most about ``entries`` evenly spaced entries, flat; ``None`` if that needs a big copy."""
     if tensor.numel() <= entries:
         return tensor.reshape(-1)
     flat = _flat_view(tensor)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["KnownTensors", "Row", "Slot", "Streak", "Units", "layer_columns", "unit_reduce"]
 
 _SATURATED = 0.05
-"""A unit whose mean derivative is below this share of the largest one is saturated. Ours: |x| > 2.2 for tanh, 4.4 for sigmoid."""
+"""Share of the largest derivative below which a unit is saturated. Ours: |x| > 2.2 for tanh, 4.4 for sigmoid."""
 
 _MINIMUM_LOOKS = 3
 """Observations needed before an inactive unit may be called dead. Ours: two looks may be two unlucky batches."""
@@ -170,7 +170,8 @@ def layer_columns(rows: list[Row], readback: Readback) -> tuple[LayerTable, dict
     )
     values = [row.statistics(readback) for row in rows]
     columns = {
-        name: np.array([numbers.get(name, math.nan) for numbers in values], dtype=np.float64) for name in LAYER_STATISTICS
+        name: np.array([numbers.get(name, math.nan) for numbers in values], dtype=np.float64)
+        for name in LAYER_STATISTICS
     }
     return table, columns
 

@@ -1,7 +1,7 @@
 """Gradients, weights and updates of the parameters, read around an optimizer step.
 
-Parameters are found anew at every observation, by identity: they may have been frozen, unfrozen, replaced or tied since.
-Reading changes nothing; gradients keep every bit.
+Parameters are found anew at every observation, by identity: they may have been frozen, unfrozen, replaced or tied
+since. Reading changes nothing; gradients keep every bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
 
 from gradguard.monitors._describe import clean_name
 from gradguard.monitors._reduce import Handle, Norm, Readback, dense, queue_norms, subsample
@@ -57,7 +56,7 @@ def find_parameters(model: nn.Module) -> list[NamedParameter]:
     names: dict[int, list[str]] = {}
     found: dict[int, nn.Parameter] = {}
     for raw, parameter in model.named_parameters(remove_duplicate=False):
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, nn.UninitializedParameter):
             continue
         names.setdefault(id(parameter), []).append(clean_name(raw, unwrap=unwrap))
         found[id(parameter)] = parameter
@@ -129,7 +128,9 @@ class GradientMonitor:
             if isinstance(lr, torch.Tensor):
                 self._lr_handles[row] = readback.put(lr.detach())
                 lr = math.nan
-            self._facts.append((float(trainable), float(in_optimizer), float(lr), float(trainable and gradient is None)))
+            self._facts.append(
+                (float(trainable), float(in_optimizer), float(lr), float(trainable and gradient is None))
+            )
         self._samples = list(self._take_samples(gradients)) if sample else []
         self._updates, self._moved = {}, {}
 
@@ -151,7 +152,9 @@ class GradientMonitor:
                 self._updates[row] = (readback.put(update), readback.put(weight))
                 self._moved[row] = (readback.put(stirred), readback.put(due))
 
-    def columns(self, readback: Readback, *, scale: float, mine: FloatArray, others: FloatArray) -> dict[str, FloatArray]:
+    def columns(
+        self, readback: Readback, *, scale: float, mine: FloatArray, others: FloatArray
+    ) -> dict[str, FloatArray]:
         """Return one array of shape ``[parameters]`` per parameter statistic; call after the transfer.
 
         Args:
@@ -175,7 +178,9 @@ class GradientMonitor:
         for row, (stirred, due) in self._moved.items():
             total = readback.value(due)
             columns["moved_fraction"][row] = readback.value(stirred) / total if total > 0.0 else math.nan
-        for name, column in zip(("trainable", "in_optimizer", "lr", "absent"), zip(*self._facts, strict=True), strict=True):
+        for name, column in zip(
+            ("trainable", "in_optimizer", "lr", "absent"), zip(*self._facts, strict=True), strict=True
+        ):
             columns[name][:] = column
         columns["absent"] *= mine
         for name in ("grad_norm", "grad_max_abs", "update_ratio", "moved_fraction"):
@@ -185,7 +190,7 @@ class GradientMonitor:
         return columns
 
     def held_by(self, ids: Collection[int] | None) -> FloatArray:
-        """Return 1 for each parameter among ``ids`` and 0 for the others, shape ``[parameters]``; ``None`` means all."""
+        """Return 1 for each parameter among ``ids``, else 0, shape ``[parameters]``; ``None`` means all."""
         held = [float(ids is None or id(named.parameter) in ids) for named in self._parameters]
         return np.array(held, dtype=np.float64)
 

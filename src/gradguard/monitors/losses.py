@@ -43,10 +43,8 @@ class LossMonitor:
                 )
             kept = loss.detach()
             value: Tensor | float = float(kept) if kept.device.type == "cpu" else kept.reshape(()).clone()
-        elif isinstance(loss, (int, float)) and not isinstance(loss, bool):
-            value = float(loss)
         else:
-            raise TypeError(f"loss must be a scalar tensor or a number, got {type(loss).__name__}")
+            value = _number(loss)
         self._waiting.append((step, optimizer, value))
         return value if isinstance(value, float) else math.nan
 
@@ -61,3 +59,9 @@ class LossMonitor:
             numbers.update({row: number for (row, _), number in zip(rows, fetched, strict=True)})
         for row, (step, optimizer, value) in enumerate(waiting):
             yield step, optimizer, numbers[row] if isinstance(value, torch.Tensor) else value
+
+
+def _number(loss: object) -> float:
+    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        return float(loss)
+    raise TypeError(f"loss must be a scalar tensor or a number, got {type(loss).__name__}")

@@ -18,7 +18,7 @@ from gradguard.findings import Unobserved
 from gradguard.monitors._derivatives import activation_info
 from gradguard.monitors._describe import clean_name, describe
 from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
-from gradguard.monitors._reduce import Norm, Readback, dense, queue_norm
+from gradguard.monitors._reduce import Readback, dense, queue_norm
 from gradguard.monitors._rows import KnownTensors, Row, Slot, Streak, layer_columns, saturated_units, unit_reduce
 from gradguard.monitors._trees import floating_tensors
 
@@ -38,6 +38,10 @@ class SignalMonitor:
 
     Attributes:
         spent_s: Seconds spent in hooks since the monitor was made.
+        generation: Counts observations; hooks of earlier ones are inert.
+        failed: Whether a hook failed, which switches the monitor off.
+        eval_calls: Calls in evaluation mode during the present observation.
+        backward_seen: Whether a gradient arrived during the present observation.
     """
 
     name = "signals"
@@ -65,7 +69,7 @@ class SignalMonitor:
         self._hooks = HookSet()
         self._late: list[tuple[nn.Module, str]] = []
         self._streaks: dict[tuple[int, str, str], Streak] = {}
-        self._generation = 0
+        self.generation = 0
         self._active = False
         self.failed = False
         self.spent_s = 0.0
@@ -73,7 +77,7 @@ class SignalMonitor:
 
     def reset(self, readback: Readback) -> None:
         """Forget the present observation; hooks stay where they are."""
-        self._generation += 1
+        self.generation += 1
         self._readback = readback
         self._rows: dict[str, Row] = {}
         self._known = KnownTensors()
@@ -100,12 +104,12 @@ class SignalMonitor:
         """Remove every hook; gradient hooks of graphs that are still alive become inert. Harmless when called twice."""
         self._active = False
         self._hooks.close()
-        self._generation += 1
+        self.generation += 1
 
     def pause(self) -> None:
         """Let what follows in this step pass unobserved, as in further evaluations of a closure."""
         self._active = False
-        self._generation += 1
+        self.generation += 1
 
     def close_step(self, step: int, optimizer: int) -> None:
         """Queue what spans observations: for how long units have been inactive."""
@@ -123,13 +127,15 @@ class SignalMonitor:
                 row.counts[f"{prefix}dead_fraction"] = (self._readback.put(dead), inactive.numel())
 
     def columns(self) -> tuple[LayerTable, dict[str, FloatArray]]:
-        """Return the rows of this observation; call after the transfer. Modules never seen with gradients are left out."""
+        """Return the rows of this observation; call after the transfer. Modules that did not run are left out."""
         return layer_columns([row for row in self._rows.values() if row.calls], self._readback)
 
     def unobserved(self) -> list[Unobserved]:
         """Return what the hooks cannot see in this model."""
         notes = []
-        compiled = [clean_name(name) or "the model" for name, module in self._model.named_modules() if _is_compiled(module)]
+        compiled = [
+            clean_name(name) or "the model" for name, module in self._model.named_modules() if _is_compiled(module)
+        ]
         if compiled:
             notes.append(
                 Unobserved(
@@ -138,7 +144,9 @@ class SignalMonitor:
                 )
             )
         if any(isinstance(module, torch.jit.ScriptModule) for module in self._model.modules()):
-            notes.append(Unobserved(what="layer signals inside scripted modules", why="TorchScript accepts no module hooks"))
+            notes.append(
+                Unobserved(what="layer signals inside scripted modules", why="TorchScript accepts no module hooks")
+            )
         return notes
 
     def _watch(self, module: nn.Module, name: str) -> None:
@@ -162,7 +170,7 @@ class SignalMonitor:
             if not in_functorch():
                 with torch.no_grad():
                     self._tap(name, module, (args, kwargs), output, grad=grad)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's forward pass
             self._fail(f"the forward hook of {name or 'the model'}", error)
         self.spent_s += time.perf_counter() - started
 
@@ -266,12 +274,13 @@ class SignalMonitor:
 
     def _listen(self, tensor: Tensor) -> Slot:
         slot = Slot()
-        handle = tensor.register_hook(_GradientHook(self, slot, self._generation))
+        handle = tensor.register_hook(_GradientHook(self, slot, self.generation))
         if tensor.is_leaf:
             self._hooks.add(handle)
         return slot
 
-    def _on_gradient(self, slot: Slot, gradient: Tensor) -> None:
+    def take_gradient(self, slot: Slot, gradient: Tensor) -> None:
+        """Queue the norm of a gradient that arrived."""
         started = time.perf_counter()
         self.backward_seen = True
         try:
@@ -279,7 +288,7 @@ class SignalMonitor:
                 values = dense(gradient)
                 if values is not None:
                     slot.norms.append(queue_norm(self._readback, values))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's backward pass
             self._fail("a gradient hook", error)
         self.spent_s += time.perf_counter() - started
 
@@ -301,8 +310,8 @@ class _GradientHook:
 
     def __call__(self, gradient: Tensor) -> None:
         monitor = self._monitor()
-        if monitor is not None and monitor._generation == self._generation:
-            monitor._on_gradient(self._slot, gradient)
+        if monitor is not None and monitor.generation == self._generation:
+            monitor.take_gradient(self._slot, gradient)
 
 
 def _targets(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:

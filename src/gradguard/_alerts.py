@@ -1,0 +1,55 @@
+"""Telling the user about findings while the run goes on: one line when something begins, silence otherwise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from gradguard.errors import GradGuardWarning, UnhealthyGradientsError
+from gradguard.findings import Finding, Severity
+
+if TYPE_CHECKING:
+    from gradguard.config import GuardConfig
+
+__all__ = ["Alerts"]
+
+
+class Alerts:
+    """Remembers what was announced, and announces what is new."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        """Start with nothing announced.
+
+        Args:
+            config: Its ``on_finding`` says what announcing means.
+        """
+        self._action = config.on_finding
+        self._announced: set[tuple[str, str]] = set()
+
+    def news(self, findings: Iterable[Finding]) -> list[Finding]:
+        """Return the standing findings at ``WARNING`` or above that were not announced since they last began."""
+        new = []
+        for finding in findings:
+            key = (finding.code, finding.optimizer)
+            if not finding.standing:
+                self._announced.discard(key)
+            elif finding.severity >= Severity.WARNING and key not in self._announced:
+                self._announced.add(key)
+                new.append(finding)
+        return new
+
+    def tell(self, finding: Finding) -> None:
+        """Announce a finding as the configuration asks.
+
+        Raises:
+            UnhealthyGradientsError: If ``on_finding`` is ``"raise"``.
+        """
+        if callable(self._action):
+            self._action(finding)
+            return
+        line = f"gradguard: step {finding.step}: {finding.code} {finding.name}: {finding.message}"
+        if self._action == "raise":
+            raise UnhealthyGradientsError(line)
+        if self._action == "warn":
+            warnings.warn(line, GradGuardWarning, stacklevel=2)

@@ -1,0 +1,202 @@
+"""The command line: ``gradguard rules | explain | check | demo``.
+
+It starts without torch. What needs torch lies in ``gradguard.cli_run``, which is loaded by name when ``check`` or ``demo``
+is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable
+from enum import StrEnum
+from types import ModuleType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from gradguard.errors import GradGuardError
+from gradguard.rules import RULES, Rule, resolve
+
+__all__ = ["app", "main"]
+
+SCHEMA_VERSION = 1
+"""Version of the JSON form of the catalogue; it grows whenever a field changes its meaning or goes away."""
+
+app = typer.Typer(
+    name="gradguard",
+    help="Say what is wrong with a network's gradients: what, where, since when, why, and what helps.",
+    epilog="Example: gradguard explain GG101",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class FailOn(StrEnum):
+    """Severities by the names that ``--fail-on`` takes."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def main() -> None:
+    """Run the command line; the entry point of the ``gradguard`` script."""
+    app(prog_name="gradguard")
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer hands the option's value over by position
+    if wanted:
+        import gradguard
+
+        typer.echo(f"gradguard {gradguard.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Take the options that stand before any command."""
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command(epilog="Example: gradguard rules --json")
+def rules(*, as_json: JsonOption = False) -> None:
+    """List every rule: code, name, family, and what it finds."""
+    if as_json:
+        _print_json([_entry(rule) for rule in RULES.values()])
+        return
+    from gradguard.cli._catalogue import print_rules
+
+    print_rules(RULES.values())
+
+
+@app.command(epilog="Example: gradguard explain vanishing-gradient")
+def explain(
+    rule: Annotated[str, typer.Argument(help="Code (GG101), name (vanishing-gradient) or family (vanishing).")],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Explain a rule: what it means, the mathematics, what helps, and the sources."""
+    try:
+        found = [RULES[code] for code in sorted(resolve(rule))]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'RULE'") from error
+    if as_json:
+        _print_json([_entry(item) | _texts(item) for item in found])
+        return
+    from gradguard.cli._catalogue import print_explanations
+
+    print_explanations(found)
+
+
+@app.command(
+    epilog="Example: gradguard check my_project.net:sample --fail-on error. Exit code: 0 healthy, 1 a finding at or above "
+    "--fail-on, 2 the check could not be made."
+)
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="module:function or path/to/file.py:function. The function takes no arguments and returns "
+            "(model, batch, compute_loss), where compute_loss(model, batch) is the scalar loss.",
+            metavar="TARGET",
+        ),
+    ],
+    *,
+    as_json: JsonOption = False,
+    fail_on: Annotated[
+        FailOn, typer.Option(help="Lowest severity that makes the exit code 1.", case_sensitive=False)
+    ] = FailOn.WARNING,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(help="Apply only these rules: codes, names or families, separated by commas.", metavar="RULES"),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave these rules out; wins over --select.", metavar="RULES")
+    ] = None,
+) -> None:
+    """Check a model before its first step, by one forward and one backward pass."""
+    selected, ignored = _rule_list(select, "--select"), _rule_list(ignore, "--ignore")
+    try:
+        code = _torch_commands().run_check(
+            target, as_json=as_json, fail_on=fail_on.value, select=selected, ignore=ignored
+        )
+    except GradGuardError as error:
+        _fail(error)
+    raise typer.Exit(code)
+
+
+@app.command(epilog="Example: gradguard demo --lightning")
+def demo(
+    *,
+    lightning: Annotated[bool, typer.Option("--lightning", help="Train through a Lightning Trainer.")] = False,
+    as_json: JsonOption = False,
+    steps: Annotated[int, typer.Option(help="Optimizer steps for each of the two networks.", min=1)] = 240,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.", min=0)] = 0,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a progress bar.")] = True,
+) -> None:
+    """Train a 20-layer sigmoid network and its healthy ReLU twin on digits, and print the report on each.
+
+    With --json it prints one object with both diagnoses, under "sick" and "healthy".
+    """
+    try:
+        code = _torch_commands().run_demo(
+            lightning=lightning, as_json=as_json, steps=steps, seed=seed, progress=progress
+        )
+    except GradGuardError as error:
+        _fail(error)
+    raise typer.Exit(code)
+
+
+def _torch_commands() -> ModuleType:
+    return importlib.import_module("gradguard.cli_run")
+
+
+def _fail(error: GradGuardError) -> NoReturn:
+    typer.echo(f"Error: {error}", err=True)
+    raise typer.Exit(2) from error
+
+
+def _rule_list(values: Iterable[str] | None, option: str) -> tuple[str, ...]:
+    """Split comma-separated rules and check each of them, so that a misspelt one is named before anything runs."""
+    names = tuple(name.strip() for value in values or () for name in value.split(",") if name.strip())
+    for name in names:
+        try:
+            resolve(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint=f"'{option}'") from error
+    return names
+
+
+def _print_json(entries: list[dict[str, Any]]) -> None:
+    typer.echo(json.dumps({"schema_version": SCHEMA_VERSION, "rules": entries}, indent=2))
+
+
+def _entry(rule: Rule) -> dict[str, Any]:
+    return {
+        "code": rule.code,
+        "name": rule.name,
+        "family": rule.family,
+        "available": rule.available,
+        "summary": rule.summary,
+        "minimum": rule.minimum,
+    }
+
+
+def _texts(rule: Rule) -> dict[str, Any]:
+    return {
+        "explanation": rule.explanation,
+        "mathematics": rule.mathematics,
+        "cures": [{"advice": cure.advice, "code": cure.code} for cure in rule.cures],
+        "references": list(rule.references),
+    }

@@ -1,0 +1,133 @@
+"""The numbers of the depth criterion: which rows count, over how many decades delta changes, by which factor per layer."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradguard.records import FloatArray, LayerTable
+
+__all__ = ["TRUNK_ROLES", "span_decades", "supported_span", "theil_sen_gain", "trunk"]
+
+TRUNK_ROLES = frozenset({"affine", "norm", "recurrent", "embedding", "attention"})
+"""Roles of the layers that the depth criterion compares: those that hold weights. Activations stand between them."""
+
+_MOST_SLOPES = 256
+"""Rows from which a slope is fitted at most: pairs grow with the square. Deeper trunks are thinned evenly."""
+
+
+def trunk(table: LayerTable, values: FloatArray) -> NDArray[np.intp]:
+    """Return the rows that count towards the depth criterion, in execution order.
+
+    Args:
+        table: Names and roles of the rows.
+        values: Delta, L2 norm, shape ``[layers]``.
+
+    Returns:
+        Indices of the rows with weights (or normalization) and a finite delta above 0. Exact zeros are left out: they have
+        owners of their own.
+
+    Example:
+        >>> import numpy as np
+        >>> from gradguard.records import LayerTable
+        >>> nan = float("nan")
+        >>> table = LayerTable(names=("0", "1", "2"), types=("Linear", "ReLU", "Linear"), kinds=("", "", ""),
+        ...                    roles=("affine", "activation", "affine"), derivative_bounds=(nan, 1.0, nan))
+        >>> trunk(table, np.array([0.1, 0.2, 0.3])).tolist()
+        [0, 2]
+    """
+    roles = np.array([role in TRUNK_ROLES for role in table.roles], dtype=np.bool_)
+    return np.flatnonzero(roles & np.isfinite(values) & (values > 0.0))
+
+
+def span_decades(delta: FloatArray, *, minimum_layers: int = 6) -> float:
+    """Return over how many decades delta changes between input and output.
+
+    The median of log10 delta over the first eighth of the layers, less that over the last eighth. With up to 23 layers an
+    eighth is one or two of them, where the median is the mean.
+
+    Args:
+        delta: L2 norms at layer outputs in execution order, shape ``[layers]``. Exact zeros and non-finite entries are
+            left out.
+        minimum_layers: With fewer layers than this the first is compared with the last.
+
+    Returns:
+        Decades: negative where the gradient shrinks on its way to the input, positive where it grows; NaN below two layers.
+
+    Example:
+        >>> import numpy as np
+        >>> round(span_decades(0.1 ** np.arange(5.0, 0.0, -1.0)), 6)
+        -4.0
+
+    Source:
+        The exponential law: Schoenholz et al. (2017), "Deep Information Propagation", ICLR, arXiv 1611.01232. The statistic
+        is ours: algorithms.md, section G.
+    """
+    logs = _logs(delta)
+    if logs.size < 2:
+        return math.nan
+    size = _eighth(logs.size, minimum_layers)
+    return float(np.median(logs[:size]) - np.median(logs[-size:]))
+
+
+def supported_span(delta: FloatArray, *, minimum_layers: int = 6) -> float:
+    """Return the part of :func:`span_decades` that no single side branch can make.
+
+    A shrinking gradient is measured from the *largest* delta of the first eighth, a growing one to the largest of the last
+    eighth: everything upstream of a loss is small, whereas a branch behind a LayerScale of 1e-6 stands among large ones.
+    It never exceeds the span and has the same sign, or is 0.
+
+    Args:
+        delta: See :func:`span_decades`.
+        minimum_layers: See :func:`span_decades`.
+
+    Source: ours.
+    """
+    logs = _logs(delta)
+    span = span_decades(delta, minimum_layers=minimum_layers)
+    if math.isnan(span):
+        return math.nan
+    size = _eighth(logs.size, minimum_layers)
+    if span < 0.0:
+        return min(0.0, max(span, float(np.max(logs[:size]) - np.median(logs[-size:]))))
+    return max(0.0, min(span, float(np.median(logs[:size]) - np.max(logs[-size:]))))
+
+
+def theil_sen_gain(delta: FloatArray) -> float:
+    """Return the factor by which delta changes per layer on its way to the input.
+
+    The median slope of log10 delta over all pairs of layers, so that up to 29 % of outlying layers change nothing.
+
+    Args:
+        delta: L2 norms at layer outputs in execution order, shape ``[layers]``; exact zeros and non-finite entries keep
+            their place and are left out.
+
+    Returns:
+        The factor, > 0: 0.24 for a deep sigmoid net, 1 for a healthy one; NaN below two layers.
+
+    Example:
+        >>> import numpy as np
+        >>> round(theil_sen_gain(0.5 ** np.arange(8.0, 0.0, -1.0)), 6)
+        0.5
+
+    Source: Theil (1950), Sen (1968), "Estimates of the regression coefficient based on Kendall's tau", JASA 63.
+    """
+    usable = np.flatnonzero(np.isfinite(delta) & (delta > 0.0))
+    if usable.size < 2:
+        return math.nan
+    if usable.size > _MOST_SLOPES:
+        usable = usable[np.linspace(0, usable.size - 1, _MOST_SLOPES).round().astype(np.intp)]
+    logs = np.log10(delta[usable])
+    low, high = np.triu_indices(usable.size, k=1)
+    slope = float(np.median((logs[high] - logs[low]) / (usable[high] - usable[low])))
+    return float(10.0**-slope)
+
+
+def _logs(delta: FloatArray) -> FloatArray:
+    return np.log10(delta[np.isfinite(delta) & (delta > 0.0)])
+
+
+def _eighth(count: int, minimum_layers: int) -> int:
+    return 1 if count < minimum_layers else max(1, count // 8)

@@ -1,0 +1,67 @@
+"""Update-to-weight ratios that can be compared: matrices that learn, robustly summarised per observation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gradguard.detectors._episodes import BoolArray
+from gradguard.history import History
+from gradguard.records import FloatArray
+
+__all__ = ["comparable", "matrix_ratios", "ratio_before", "ratio_quantile"]
+
+
+def comparable(history: History) -> BoolArray:
+    """Return which parameters have an update ratio that says something, shape ``[observations, parameters]``.
+
+    Matrices and kernels only: vectors (biases, normalization) start at 0 or 1 and move by other amounts. Parameters that
+    began at exactly zero (the B of LoRA, zero-initialized branches and heads) are left out for good, as a ratio to almost
+    nothing is huge; so are embeddings, of which a batch moves a few rows.
+
+    Source: Karpathy, CS231n notes, for the ratio; exclusions: ours (algorithms.md, section F7).
+    """
+    table = history.parameters
+    weight = history.parameter("weight_norm")
+    gradient = history.parameter("grad_norm")
+    roles = dict(zip(history.layers.names, history.layers.roles, strict=True))
+    fixed = np.array(
+        [dims >= 2 and roles.get(layer) != "embedding" for dims, layer in zip(table.dims, table.layers, strict=True)],
+        dtype=np.bool_,
+    )
+    began_at_zero = np.zeros(len(table), dtype=np.bool_)
+    if len(weight):
+        known = ~np.isnan(weight)
+        began_at_zero = weight[known.argmax(axis=0), np.arange(len(table))] == 0.0
+    return (
+        (fixed & ~began_at_zero)[None, :]
+        & (history.parameter("trainable") != 0.0)
+        & (history.parameter("in_optimizer") != 0.0)
+        & np.isfinite(gradient)
+        & (gradient > 0.0)
+        & np.isfinite(weight)
+        & (weight > 0.0)
+    )
+
+
+def matrix_ratios(history: History) -> FloatArray:
+    """Return update ratios, NaN where they are not comparable; shape ``[observations, parameters]``."""
+    ratios = history.parameter("update_ratio")
+    return np.where(comparable(history) & np.isfinite(ratios), ratios, np.nan)
+
+
+def ratio_quantile(ratios: FloatArray, quantile: float) -> FloatArray:
+    """Return a quantile of the ratios per observation, shape ``[observations]``; NaN where there is none."""
+    result = np.full(len(ratios), np.nan)
+    for index, row in enumerate(ratios):
+        known = row[~np.isnan(row)]
+        if known.size:
+            result[index] = np.quantile(known, quantile)
+    return result
+
+
+def ratio_before(history: History, index: int) -> float:
+    """Return the largest median update ratio over the observations up to ``index``, NaN where none is known."""
+    medians = ratio_quantile(matrix_ratios(history)[: index + 1], 0.5)
+    return float(np.nanmax(medians)) if np.isfinite(medians).any() else math.nan

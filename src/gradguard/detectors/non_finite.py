@@ -1,0 +1,245 @@
+"""GG201 to GG204, non-finite numbers: from the input, the forward pass, the backward pass, or the parameters themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gradguard.config import GuardConfig
+from gradguard.detectors._finding import make_finding
+from gradguard.detectors._numbers import column
+from gradguard.detectors._origin import (
+    BACKWARD,
+    FORWARD,
+    INPUT,
+    PARAMETER,
+    Origin,
+    bad_gradients,
+    bad_parameters,
+    locate,
+)
+from gradguard.detectors._updates import ratio_before
+from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
+from gradguard.history import History
+from gradguard.records import StepRecord
+
+__all__ = ["find_non_finite"]
+
+_BLOW_UP = 10.0
+"""Factor over its median by which a loss grows before it overflows when the learning rate drove it. Ours: healthy losses
+of the clinic's runs stay within 4 times their running median."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Onset:
+    """When numbers stopped being finite.
+
+    Attributes:
+        index: First observation that shows it, ``None`` where only losses do.
+        step: First optimizer step at which anything was not finite.
+        resolved_step: First step after which everything was finite again, ``None`` while it stands.
+        last_step: Last step at which it was seen.
+        loss_step: Step of the first non-finite loss, ``None`` for none.
+    """
+
+    index: int | None
+    step: int
+    last_step: int
+    resolved_step: int | None
+    loss_step: int | None
+
+
+def find_non_finite(history: History, config: GuardConfig) -> Sequence[Finding]:
+    """Find NaN and infinity, and where they come from.
+
+    The first observation that shows them decides, in this order: a parameter, a layer's input, a layer's output, the loss,
+    a gradient. Later ones are what follows; only parameters that become non-finite afterwards are reported as well. The
+    losses, known at every step, date the beginning between observations. One observation is enough. Steps that a loss
+    scaler skipped do not count, nor do norms whose squares overflowed, nor infinities that reach neither the loss nor a
+    gradient (an attention mask).
+
+    Args:
+        history: Records of one optimizer, oldest first.
+        config: Thresholds; ``update_ratio_high`` tells whether the learning rate is a cause.
+
+    Returns:
+        The origin, and GG204 where parameters followed. ERROR while it stands, INFO once everything is finite again.
+
+    Source: the ladder of pitfalls.md, section 4; ours.
+    """
+    onset = _onset(history)
+    if onset is None:
+        return []
+    if onset.index is None:
+        return [_loss_only(history, config, onset)]
+    record = history.records[onset.index]
+    origin = locate(history, onset.index, loss_bad=_loss_bad(history, record))
+    findings = [_origin_finding(history, config, onset, record, origin)]
+    if origin.code != PARAMETER:
+        findings.extend(_parameters_afterwards(history, onset))
+    return findings
+
+
+def _onset(history: History) -> _Onset | None:
+    records = history.records
+    kept = [i for i, record in enumerate(records) if record.scalars.get("skipped", 0.0) != 1.0]
+    skipped = {record.step for i, record in enumerate(records) if i not in set(kept)}
+    steps, losses = history.losses
+    usable = np.array([int(step) not in skipped for step in steps], dtype=np.bool_)
+    steps, losses = steps[usable], losses[usable]
+    lost = ~np.isfinite(losses)
+    ill = [i for i in kept if _shows(records[i], loss_bad=_loss_bad(history, records[i]))]
+    if not ill and not lost.any():
+        return None
+    bad_steps = [*(int(s) for s in steps[lost]), *(records[i].step for i in ill)]
+    fine_steps = [*(int(s) for s in steps[~lost]), *(records[i].step for i in kept if i not in set(ill))]
+    first, last = min(bad_steps), max(bad_steps)
+    after = [step for step in fine_steps if step > last]
+    return _Onset(
+        index=ill[0] if ill else None,
+        step=first,
+        last_step=last,
+        resolved_step=min(after) if after else None,
+        loss_step=int(steps[lost].min()) if lost.any() else None,
+    )
+
+
+def _shows(record: StepRecord, *, loss_bad: bool) -> bool:
+    """Whether an observation holds a non-finite parameter, gradient or loss: what matters, wherever it came from."""
+    return loss_bad or bool(bad_parameters(record).any() or bad_gradients(record).any())
+
+
+def _loss_bad(history: History, record: StepRecord) -> bool:
+    """Whether the loss of an observation is known not to be finite."""
+    steps, losses = history.losses
+    own = losses[steps == record.step]
+    if own.size:
+        return not math.isfinite(float(own[-1]))
+    return "loss" in record.scalars and not math.isfinite(record.scalars["loss"])
+
+
+def _origin_finding(history: History, config: GuardConfig, onset: _Onset, record: StepRecord, origin: Origin) -> Finding:
+    cause, evidence, confidence = origin.cause, _evidence(history, onset, record), origin.confidence
+    unseen_start = origin.code == PARAMETER and record.step > 0
+    driven = _driven_by_rate(history, config, onset)
+    if driven and cause is not Cause.DATA:
+        cause, evidence, confidence = Cause.LEARNING_RATE, {**evidence, **driven}, min(confidence, 0.8)
+    elif unseen_start:
+        cause, confidence = Cause.UNKNOWN, 0.5
+    return _finding(
+        origin.code,
+        onset,
+        _message(onset, origin),
+        layer=origin.layer,
+        layers=origin.layers,
+        cause=cause,
+        confidence=confidence,
+        evidence=evidence,
+        ruled_out=_ruled_out(record, origin, driven=bool(driven)),
+    )
+
+
+def _message(onset: _Onset, origin: Origin) -> str:
+    kind = {INPUT: "enter at", FORWARD: "appear first in", BACKWARD: "appear first in", PARAMETER: "stand in"}[origin.code]
+    text = f"NaN or infinity {kind} {origin.where}, at step {onset.step}."
+    if origin.code == PARAMETER and onset.loss_step == onset.step and onset.step > 0:
+        text += " The loss was the first to show it; the layers were not being observed then."
+    if onset.resolved_step is not None:
+        text += f" From step {onset.resolved_step} on everything is finite again."
+    return text
+
+
+def _evidence(history: History, onset: _Onset, record: StepRecord) -> dict[str, Evidence]:
+    gradients, parameters = bad_gradients(record), bad_parameters(record)
+    evidence = {
+        "gradients": Evidence(value=int(gradients.sum()), unit="parameters", note=f"non-finite gradient, of {len(gradients)}"),
+        "parameters": Evidence(value=int(parameters.sum()), unit="parameters", note=f"non-finite weight, of {len(parameters)}"),
+        "observed_step": Evidence(value=record.step, unit="steps", note="first observation that shows it"),
+    }
+    if onset.loss_step is not None:
+        evidence["loss_step"] = Evidence(value=onset.loss_step, unit="steps", note="first non-finite loss")
+    finite = [r for r in history.records[: onset.index] if r.step < onset.step]
+    if finite:
+        evidence["last_finite_step"] = Evidence(value=finite[-1].step, unit="steps", note="last healthy observation")
+    return evidence
+
+
+def _driven_by_rate(history: History, config: GuardConfig, onset: _Onset) -> dict[str, Evidence]:
+    """Return the numbers that blame the learning rate: updates too large, or a loss that blew up before it overflowed."""
+    evidence: dict[str, Evidence] = {}
+    healthy = [i for i, record in enumerate(history.records) if record.step < onset.step]
+    ratio = ratio_before(history, healthy[-1]) if healthy else math.nan
+    if ratio > config.update_ratio_high:
+        evidence["update_ratio"] = Evidence(value=ratio, unit="ratio", note=f"above {config.update_ratio_high:g} before it")
+    steps, losses = history.losses
+    before = losses[(steps < onset.step) & np.isfinite(losses)]
+    if before.size >= 2 and before[-1] > _BLOW_UP * abs(float(np.median(before[: max(1, before.size // 2)]))):
+        growth = float(before[-1]) / max(abs(float(np.median(before[: max(1, before.size // 2)]))), 1e-300)
+        evidence["loss_growth"] = Evidence(value=growth, unit="ratio", note="last finite loss over the median before")
+    return evidence
+
+
+def _ruled_out(record: StepRecord, origin: Origin, *, driven: bool) -> tuple[RuledOut, ...]:
+    excluded = []
+    given = column(record, "input_max_abs")
+    if origin.code != INPUT and given.size and math.isfinite(given[0]):
+        excluded.append(RuledOut(cause=Cause.DATA, reason=f"the first layer's input is finite, largest entry {given[0]:.2g}"))
+    if origin.code != PARAMETER and not driven:
+        excluded.append(RuledOut(cause=Cause.CORRUPT_WEIGHTS, reason="every parameter was finite when it appeared"))
+    return tuple(excluded)
+
+
+def _loss_only(history: History, config: GuardConfig, onset: _Onset) -> Finding:
+    """Only losses show it: it came and went, or the run ended, between observations."""
+    driven = _driven_by_rate(history, config, onset)
+    message = f"The loss is not finite at step {onset.step}; no observation was made then, so the layer is not known."
+    if onset.resolved_step is not None:
+        message += f" From step {onset.resolved_step} on it is finite again."
+    return _finding(
+        FORWARD,
+        onset,
+        message,
+        cause=Cause.LEARNING_RATE if driven else Cause.UNKNOWN,
+        confidence=0.6,
+        evidence={"loss_step": Evidence(value=onset.step, unit="steps", note="first non-finite loss"), **driven},
+    )
+
+
+def _parameters_afterwards(history: History, onset: _Onset) -> list[Finding]:
+    """Report parameters that became non-finite after the origin: by then the weights are lost."""
+    later = [i for i, r in enumerate(history.records) if r.step > onset.step and bad_parameters(r).any()]
+    if not later:
+        return []
+    first, last = history.records[later[0]], history.records[later[-1]]
+    names = tuple(first.parameters.names[row] for row in np.flatnonzero(bad_parameters(first)))
+    clean = [r.step for r in history.records if r.step > last.step]
+    after = replace(onset, step=first.step, last_step=last.step, resolved_step=min(clean) if clean else None)
+    message = f"NaN or infinity stand in {len(names)} of {len(first.parameters)} parameters since step {first.step}."
+    return [
+        _finding(
+            PARAMETER,
+            after,
+            message,
+            layer=names[0],
+            layers=names,
+            cause=Cause.CORRUPT_WEIGHTS,
+            confidence=0.95,
+            evidence={"parameters": Evidence(value=len(names), unit="parameters")},
+        )
+    ]
+
+
+def _finding(code: str, onset: _Onset, message: str, **fields: Any) -> Finding:
+    return make_finding(
+        code,
+        Severity.ERROR if onset.resolved_step is None else Severity.INFO,
+        message,
+        step=onset.step,
+        last_step=onset.last_step,
+        resolved_step=onset.resolved_step,
+        **fields,
+    )
