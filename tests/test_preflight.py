@@ -179,9 +179,21 @@ def test_assertion_for_test_suites() -> None:
         assert_healthy_gradients(mlp(3), digit_batch(16), classification_loss, fail_on="never")
 
 
-def test_assertion_needs_something_to_observe() -> None:
-    """Where no rule may speak and nothing was seen, nothing is asserted."""
-    model = nn.Sequential(nn.Linear(4, 1))
+def independent_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return a loss that has a gradient, but not with respect to the model."""
+    return torch.zeros((), requires_grad=True) * 1.0
 
-    with pytest.raises((NothingObservedError, UnsupportedModelError)):
-        assert_healthy_gradients(model, torch.randn(4, 4), lambda m, x: torch.zeros((), requires_grad=True))
+
+def test_a_loss_that_depends_on_nothing_is_a_finding() -> None:
+    """A loss with a gradient function that leads nowhere into the model is named as wiring."""
+    diagnosis = gradguard.check(mlp(3), digit_batch(4), independent_loss)
+
+    assert diagnosis.primary is not None
+    assert diagnosis.primary.code == "GG104"
+    assert diagnosis.primary.cause is gradguard.Cause.WIRING
+
+
+def test_assertion_needs_something_to_observe() -> None:
+    """Where no rule may speak and no gradient was seen, nothing is asserted."""
+    with pytest.raises(NothingObservedError):
+        assert_healthy_gradients(mlp(3), digit_batch(4), independent_loss, ignore="GG104")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -17,14 +18,47 @@ _HEAD = 32
 """First observations, never thinned out: most illnesses show there, and "first seen" needs them."""
 
 
+class _Thinned(Generic[Item]):
+    """A bounded list: the first items, the newest, and evenly spaced ones in between."""
+
+    def __init__(self, capacity: int) -> None:
+        self._head: list[Item] = []
+        self._middle: list[Item] = []
+        self._tail: deque[Item] = deque()
+        self._tail_size = capacity // 3
+        self._middle_size = capacity - _HEAD - self._tail_size
+        self._stride = 1
+        self._passed = 0
+
+    def append(self, item: Item) -> None:
+        if len(self._head) < _HEAD:
+            self._head.append(item)
+            return
+        self._tail.append(item)
+        if len(self._tail) <= self._tail_size:
+            return
+        oldest = self._tail.popleft()
+        if self._passed % self._stride == 0:
+            self._middle.append(oldest)
+        self._passed += 1
+        if len(self._middle) > self._middle_size:
+            del self._middle[1::2]
+            self._stride *= 2
+
+    def items(self) -> list[Item]:
+        return [*self._head, *self._middle, *self._tail]
+
+    def __len__(self) -> int:
+        return len(self._head) + len(self._middle) + len(self._tail)
+
+
 class History:
     """Observations of a run, oldest first, by statistic name.
 
-    Memory is bounded whatever the run's length: at most ``capacity`` observations are kept. When they are full, the
-    first 32 and the newest third stay, and every second one in between goes. One layer costs at most
-    ``capacity * len(LAYER_STATISTICS) * 8`` bytes (32 KiB at the default capacity of 256 and 16 statistics), one
-    parameter
-    ``capacity * len(PARAMETER_STATISTICS) * 8`` bytes (20 KiB); losses, recorded at every step, cost 64 KiB in all.
+    Memory is bounded whatever the run's length. At most ``capacity`` observations are kept: the first 32, the newest
+    third, and evenly spaced ones in between. One layer costs at most ``capacity * len(LAYER_STATISTICS) * 8`` bytes
+    (32 KiB at the default capacity of 256 and 16 statistics), one parameter ``capacity * len(PARAMETER_STATISTICS) * 8`` bytes
+    (20 KiB). Losses, recorded at every step and kept in the same way, cost at most 600 KiB in all.
 
     Example:
         >>> import numpy as np
@@ -44,46 +78,34 @@ class History:
         Args:
             info: What is true of the whole run.
             capacity: Observations to keep, at least 96.
-            loss_capacity: Losses to keep, at least 128; the oldest half is thinned out when they are full.
+            loss_capacity: Losses to keep, at least 96.
 
         Raises:
             ValueError: If a capacity is too small to keep the start and the end of a run.
         """
-        if capacity < 3 * _HEAD:
-            raise ValueError(f"capacity must be at least {3 * _HEAD} observations, got {capacity!r}")
-        if loss_capacity < 4 * _HEAD:
-            raise ValueError(f"loss_capacity must be at least {4 * _HEAD} losses, got {loss_capacity!r}")
+        for name, value in (("capacity", capacity), ("loss_capacity", loss_capacity)):
+            if value < 3 * _HEAD:
+                raise ValueError(f"{name} must be at least {3 * _HEAD}, to keep the start and the end, got {value!r}")
         self.info = info if info is not None else RunInfo()
         self.capacity = capacity
         self.loss_capacity = loss_capacity
         self.optimizer = 0
-        self._records: list[StepRecord] = []
-        self._loss_steps: list[int] = []
-        self._losses: list[float] = []
-        self._loss_optimizers: list[int] = []
+        self._records: _Thinned[StepRecord] = _Thinned(capacity)
+        self._losses: _Thinned[tuple[int, float, int]] = _Thinned(loss_capacity)
         self._seen = 0
         self._cache: dict[tuple[str, str], FloatArray] = {}
         self._tables: tuple[LayerTable, ParameterTable] | None = None
 
     def append(self, record: StepRecord) -> None:
-        """Add an observation; thin out the middle where there are too many."""
+        """Add an observation; where there are too many, the middle is thinned out."""
         self._records.append(record)
         self._seen += 1
-        if len(self._records) > self.capacity:
-            _thin(self._records, self.capacity - self.capacity // 3)
         self._cache.clear()
         self._tables = None
 
     def note_loss(self, step: int, loss: float, *, optimizer: int = 0) -> None:
         """Add the loss of one step; non-finite losses are kept as they are."""
-        self._loss_steps.append(step)
-        self._losses.append(loss)
-        self._loss_optimizers.append(optimizer)
-        if len(self._losses) > self.loss_capacity:
-            half = self.loss_capacity // 2
-            _thin(self._loss_steps, half)
-            _thin(self._losses, half)
-            _thin(self._loss_optimizers, half)
+        self._losses.append((step, loss, optimizer))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -96,17 +118,19 @@ class History:
     @property
     def records(self) -> Sequence[StepRecord]:
         """The kept observations, oldest first."""
-        return tuple(self._records)
+        return tuple(self._records.items())
 
     @property
     def steps(self) -> FloatArray:
         """Optimizer step of each observation, shape ``[observations]``."""
-        return np.array([record.step for record in self._records], dtype=np.float64)
+        return np.array([record.step for record in self.records], dtype=np.float64)
 
     @property
     def losses(self) -> tuple[FloatArray, FloatArray]:
         """Steps and losses, oldest first, each of shape ``[losses]``; kept for every step, not only observed ones."""
-        return np.array(self._loss_steps, dtype=np.float64), np.array(self._losses, dtype=np.float64)
+        kept = self._losses.items()
+        steps = np.array([step for step, *_ in kept], dtype=np.float64)
+        return steps, np.array([loss for _, loss, _ in kept], dtype=np.float64)
 
     @property
     def layers(self) -> LayerTable:
@@ -120,7 +144,7 @@ class History:
 
     def scalar(self, name: str) -> FloatArray:
         """Return a scalar per observation, shape ``[observations]``; NaN where it is unknown."""
-        return np.array([record.scalars.get(name, np.nan) for record in self._records], dtype=np.float64)
+        return np.array([record.scalars.get(name, np.nan) for record in self.records], dtype=np.float64)
 
     def layer(self, name: str) -> FloatArray:
         """Return a layer statistic, shape ``[observations, layers]``; NaN where a layer was not observed."""
@@ -134,7 +158,7 @@ class History:
 
     def split(self) -> tuple[History, ...]:
         """Return one history per optimizer that was observed; a run with one optimizer returns itself."""
-        indices = sorted({record.optimizer for record in self._records} | set(self._loss_optimizers))
+        indices = sorted({record.optimizer for record in self.records} | {owner for *_, owner in self._losses.items()})
         if len(indices) <= 1:
             self.optimizer = indices[0] if indices else 0
             return (self,)
@@ -143,9 +167,10 @@ class History:
     def _of_optimizer(self, index: int) -> History:
         part = History(self.info, capacity=self.capacity, loss_capacity=self.loss_capacity)
         part.optimizer = index
-        part._records = [record for record in self._records if record.optimizer == index]
-        part._seen = len(part._records)
-        for step, loss, owner in zip(self._loss_steps, self._losses, self._loss_optimizers, strict=True):
+        for record in self.records:
+            if record.optimizer == index:
+                part.append(record)
+        for step, loss, owner in self._losses.items():
             if owner == index:
                 part.note_loss(step, loss, optimizer=index)
         return part
@@ -153,8 +178,8 @@ class History:
     def _union(self) -> tuple[LayerTable, ParameterTable]:
         if self._tables is None:
             self._tables = (
-                _merge_layers([record.layers for record in reversed(self._records)]),
-                _merge_parameters([record.parameters for record in reversed(self._records)]),
+                _merge_layers([record.layers for record in reversed(self.records)]),
+                _merge_parameters([record.parameters for record in reversed(self.records)]),
             )
         return self._tables
 
@@ -169,7 +194,7 @@ class History:
         if key not in self._cache:
             column = np.full((len(self._records), len(names)), np.nan)
             position = {row: index for index, row in enumerate(names)}
-            for index, record in enumerate(self._records):
+            for index, record in enumerate(self.records):
                 rows, values = read(record)
                 if values is None:
                     continue
@@ -180,11 +205,6 @@ class History:
             column.setflags(write=False)
             self._cache[key] = column
         return self._cache[key]
-
-
-def _thin(column: list[Item], until: int) -> None:
-    """Keep the head, and every second item from there to ``until``."""
-    column[_HEAD:until] = column[_HEAD:until:2]
 
 
 def _merge_layers(tables: Sequence[LayerTable]) -> LayerTable:

@@ -123,7 +123,7 @@ class Observing:
             groups=self._groups(),
             sample=sample,
         )
-        if self.gradients.arrived == 0:
+        if self.gradients.arrived == 0 and not self.history.info.preflight:
             return False
         for name in self.gradients.unreadable[:1]:
             more = len(self.gradients.unreadable) - 1
@@ -158,6 +158,9 @@ class Observing:
         if not self._read:
             self._begin()
             return None
+        blind = self.signals.blind()
+        if blind is not None:
+            self.note(blind.what, blind.why)
         self.gradients.read_update(self._readback)
         self.signals.close_step(step, index or 0)
         self._readback.fetch()
@@ -203,6 +206,7 @@ class Observing:
     def close(self) -> None:
         """Remove every hook and let go of tensors; the history stays."""
         self.disarm()
+        self.signals.close()
         self.gradients.close()
 
     def _begin(self) -> None:

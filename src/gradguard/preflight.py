@@ -147,7 +147,7 @@ def _gradients(model: nn.Module, loss: Tensor) -> dict[int, Tensor]:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Put back buffers, random states and modes as they were, also after an exception."""
     buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone(), getattr(buffer, "_version", 0))
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
@@ -163,8 +163,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for module, name, buffer, before, version in buffers:
-                if buffer is not None and before is not None and buffer._version != version:
+            for module, name, buffer, before in buffers:
+                if buffer is not None and before is not None and not torch.equal(buffer, before):
                     buffer.copy_(before)
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer

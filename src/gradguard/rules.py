@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from types import MappingProxyType
 
 __all__ = ["RULES", "Cure", "Rule", "resolve"]
@@ -39,7 +40,7 @@ class Rule:
         code: For instance ``"GG101"``; never changes its meaning.
         name: For instance ``"vanishing-gradient"``.
         family: For instance ``"vanishing"``; ``select`` and ``ignore`` take it as well.
-        summary: What it finds, in at most 51 characters.
+        summary: What it finds, in at most 48 characters.
         minimum: What has to be observed before the rule speaks, in words.
         available: Whether this version applies the rule; ``False`` where it is planned.
     """
@@ -109,7 +110,7 @@ _CATALOGUE = (
         "no-gradient",
         "no_gradient",
         "No gradient arrives at a trainable parameter",
-        "two consecutive observations; the only one in a check before the first step",
+        "two consecutive observations, three for a module that takes no part; one before the first step",
     ),
     _planned(
         "GG111",
@@ -130,7 +131,7 @@ _CATALOGUE = (
         "GG202",
         "non-finite-forward",
         "non_finite",
-        "A module turns finite numbers into NaN or infinity",
+        "A module turns finite numbers non-finite",
         "one observation",
     ),
     _rule(
@@ -163,14 +164,14 @@ _CATALOGUE = (
         "dead-units",
         "dead",
         "ReLU units are off for every example, for good",
-        "three observations within 20 steps; before the first step one, for layers above 90 %",
+        "three observations over 20 steps; before that one, for layers above 90 %",
     ),
     _rule(
         "GG302",
         "saturated-units",
         "saturated",
         "Units sit at the flat ends of sigmoid or tanh",
-        "three observations; the only one in a check before the first step",
+        "three consecutive observations, and losses; one before the first step",
     ),
     _planned(
         "GG401",
@@ -204,15 +205,15 @@ _CATALOGUE = (
         "GG502",
         "learning-rate-too-low",
         "learning_rate",
-        "Weights move by a millionth of themselves per step",
-        "three consecutive observations of an optimizer step",
+        "Weights move a millionth of their size per step",
+        "three consecutive observations of an optimizer step, and losses",
     ),
     _rule(
         "GG503",
         "no-update",
         "no_update",
         "A gradient arrives and the weight never moves",
-        "three consecutive observations of an optimizer step",
+        "three observations of an optimizer step; one before the first, for what the optimizer lacks",
     ),
     _planned(
         "GG504",
@@ -308,8 +309,16 @@ def _normal(text: str) -> str:
 
 def _closest(key: str) -> str:
     labels = {_normal(label): label for rule in _CATALOGUE for label in _labels(rule)}
-    close = difflib.get_close_matches(key, labels, n=1)
-    return f" Did you mean {labels[close[0]]!r}?" if close else ""
+    close = difflib.get_close_matches(key, labels, n=5)
+    if not close:
+        return ""
+    # Among codes that differ in one digit, the one that begins alike is meant.
+    best = max(close, key=lambda label: _common_start(key, label))
+    return f" Did you mean {labels[best]!r}?"
+
+
+def _common_start(first: str, second: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _section(code: str, title: str) -> str:

@@ -1,7 +1,7 @@
 """The command line: ``gradguard rules | explain | check | demo``.
 
-It starts without torch. What needs torch lies in ``gradguard.cli_run``, which is loaded by name when ``check`` or ``demo``
-is called.
+It starts without torch. What needs torch lies in ``gradguard.cli_run``, which is loaded by name when ``check`` or
+``demo`` is called.
 """
 
 from __future__ import annotations
@@ -23,6 +23,40 @@ __all__ = ["app", "main"]
 SCHEMA_VERSION = 1
 """Version of the JSON form of the catalogue; it grows whenever a field changes its meaning or goes away."""
 
+_RULES_EXAMPLES = """\b
+Examples:
+  gradguard rules
+  gradguard rules --json
+"""
+
+_EXPLAIN_EXAMPLES = """\b
+Examples:
+  gradguard explain GG101
+  gradguard explain vanishing-gradient
+  gradguard explain non_finite --json
+"""
+
+_CHECK_EXAMPLES = """\b
+Example, with this function in net.py:
+  def sample():
+      images, labels = next(iter(train_loader))
+      loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
+      return Net(), (images, labels), loss
+
+\b
+  gradguard check net.py:sample
+  gradguard check my_package.net:sample --fail-on error --ignore dead
+
+Exit code: 0 healthy, 1 a finding at or above --fail-on, 2 the check could not be made or saw too little.
+"""
+
+_DEMO_EXAMPLES = """\b
+Examples:
+  gradguard demo
+  gradguard demo --lightning
+  gradguard demo --json --no-progress > diagnoses.json
+"""
+
 app = typer.Typer(
     name="gradguard",
     help="Say what is wrong with a network's gradients: what, where, since when, why, and what helps.",
@@ -30,6 +64,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -69,9 +104,9 @@ def _common(
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-@app.command(epilog="Example: gradguard rules --json")
+@app.command(epilog=_RULES_EXAMPLES)
 def rules(*, as_json: JsonOption = False) -> None:
-    """List every rule: code, name, family, and what it finds."""
+    """List every rule: code, name, family, what it finds."""
     if as_json:
         _print_json([_entry(rule) for rule in RULES.values()])
         return
@@ -80,13 +115,15 @@ def rules(*, as_json: JsonOption = False) -> None:
     print_rules(RULES.values())
 
 
-@app.command(epilog="Example: gradguard explain vanishing-gradient")
+@app.command(epilog=_EXPLAIN_EXAMPLES)
 def explain(
-    rule: Annotated[str, typer.Argument(help="Code (GG101), name (vanishing-gradient) or family (vanishing).")],
+    rule: Annotated[
+        str, typer.Argument(help="Code (GG101), name (vanishing-gradient) or family (vanishing).", metavar="RULE")
+    ],
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Explain a rule: what it means, the mathematics, what helps, and the sources."""
+    """Explain a rule: meaning, mathematics, cures, sources."""
     try:
         found = [RULES[code] for code in sorted(resolve(rule))]
     except ValueError as error:
@@ -99,16 +136,12 @@ def explain(
     print_explanations(found)
 
 
-@app.command(
-    epilog="Example: gradguard check my_project.net:sample --fail-on error. Exit code: 0 healthy, 1 a finding at or above "
-    "--fail-on, 2 the check could not be made."
-)
+@app.command(epilog=_CHECK_EXAMPLES)
 def check(
     target: Annotated[
         str,
         typer.Argument(
-            help="module:function or path/to/file.py:function. The function takes no arguments and returns "
-            "(model, batch, compute_loss), where compute_loss(model, batch) is the scalar loss.",
+            help="module:function or path/to/file.py:function, which returns (model, batch, compute_loss).",
             metavar="TARGET",
         ),
     ],
@@ -125,7 +158,11 @@ def check(
         list[str] | None, typer.Option(help="Leave these rules out; wins over --select.", metavar="RULES")
     ] = None,
 ) -> None:
-    """Check a model before its first step, by one forward and one backward pass."""
+    """Check a model before its first step.
+
+    One forward and one backward pass, which leave the model as it was. TARGET names a function without arguments that
+    returns the model, a batch, and a function of both that computes the scalar loss.
+    """
     selected, ignored = _rule_list(select, "--select"), _rule_list(ignore, "--ignore")
     try:
         code = _torch_commands().run_check(
@@ -136,7 +173,7 @@ def check(
     raise typer.Exit(code)
 
 
-@app.command(epilog="Example: gradguard demo --lightning")
+@app.command(epilog=_DEMO_EXAMPLES)
 def demo(
     *,
     lightning: Annotated[bool, typer.Option("--lightning", help="Train through a Lightning Trainer.")] = False,
@@ -145,9 +182,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.", min=0)] = 0,
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show a progress bar.")] = True,
 ) -> None:
-    """Train a 20-layer sigmoid network and its healthy ReLU twin on digits, and print the report on each.
+    """Train a sick and a healthy network, report on both.
 
-    With --json it prints one object with both diagnoses, under "sick" and "healthy".
+    Both have 20 layers and learn scikit-learn's digits with Adam: one of sigmoids with Xavier initialization, its
+    twin of ReLUs with He initialization. With --json, one object holds both diagnoses under "sick" and "healthy".
     """
     try:
         code = _torch_commands().run_demo(

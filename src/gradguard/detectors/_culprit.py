@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -16,18 +17,19 @@ from gradguard.records import StepRecord
 __all__ = ["Explanation", "explain_depth"]
 
 _STANDS_OUT = 1.0
-"""Decades by which one module's loss must exceed the typical one. Ours: initial weights of one kind of layer differ by less
-than 0.3 decades in what they pass."""
+"""Decades by which one module's loss must exceed the typical one. Ours: initial weights of one kind of layer differ by
+less than 0.3 decades in what they pass."""
 
 _GOOD_SHARE = 0.3
-"""Share of the span that one module must lose to be its culprit. Ours: a third of the decades is no longer a uniform decay."""
+"""Share of the span that one module must lose to be its culprit. Ours: a third of the decades is no longer a uniform
+decay."""
 
 _EXPLAINS = 0.25
 """Share of the span that activations (or weights) must lose together to be its cause. Ours."""
 
 _SATURATION = 0.3
-"""Mean derivative, as a share of its bound, below which activations are saturated rather than merely flat. Ours: a sigmoid at
-initialization passes 0.85 of its bound, a tanh at twice the usual gain 0.6."""
+"""Mean derivative, as a share of its bound, below which activations are saturated rather than merely flat. Ours: a
+sigmoid at initialization passes 0.85 of its bound, a tanh at twice the usual gain 0.6."""
 
 _WEIGHT_GAIN = {
     "ReLU": 1.414,
@@ -44,7 +46,8 @@ _WEIGHT_GAIN = {
     "Hardswish": 1.7,
 }
 """Weight gain that keeps the forward variance with an activation, 1/sqrt(E phi(z)^2); 1 for those not named, which are
-critical there (tanh) or whose loss no weights should have to make up for (sigmoid, at most 1/4: Glorot and Bengio 2010).
+critical there (tanh) or whose loss no weights should have to make up for (sigmoid, at most 1/4: Glorot and Bengio
+2010).
 Source: He et al. (2015), arXiv 1502.01852, for ReLU; the others are numeric integrals, algorithms.md, section D."""
 
 
@@ -112,7 +115,9 @@ def _steps(record: StepRecord, first: int, last: int) -> list[_Step]:
             continue
         step = _Step(row, roles[row], math.log10(delta[row] / given[row]))
         before = steps[-1] if steps else None
-        follows = before is not None and before.role == "affine" and math.isclose(delta[before.row], given[row], rel_tol=1e-6)
+        follows = (
+            before is not None and before.role == "affine" and math.isclose(delta[before.row], given[row], rel_tol=1e-6)
+        )
         if before is not None and follows and roles[row] == "norm":
             steps[-1] = _Step(before.row, before.role, before.lost + step.lost)
         else:
@@ -184,7 +189,7 @@ def _passed_by_code(record: StepRecord, rows: list[int]) -> list[float]:
     layers = [row for row in rows if record.layers.roles[row] in {"affine", "recurrent"}]
     return [
         float(delta[before] / given[after])
-        for before, after in zip(layers, layers[1:], strict=False)
+        for before, after in itertools.pairwise(layers)
         if 0.0 < given[after] < math.inf and 0.0 < delta[before] < math.inf
     ]
 
@@ -198,7 +203,9 @@ def _activation(record: StepRecord, rows: list[int]) -> tuple[str, float]:
     return kind, record.layers.derivative_bounds[rows[kinds.index(kind)]]
 
 
-def _common_cause(record: StepRecord, evidence: dict[str, Evidence], rows: list[int], span: float, sign: float) -> Cause:
+def _common_cause(
+    record: StepRecord, evidence: dict[str, Evidence], rows: list[int], span: float, sign: float
+) -> Cause:
     """Return whether activations or weights lose more than they should, over all layers of a uniform change."""
     activation, weight = _value(evidence, "activation_gain"), _value(evidence, "weight_gain")
     activations = [i for i in range(rows[0], rows[-1]) if record.layers.roles[i] == "activation"]

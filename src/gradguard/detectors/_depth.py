@@ -1,4 +1,4 @@
-"""The numbers of the depth criterion: which rows count, over how many decades delta changes, by which factor per layer."""
+"""The depth criterion: which rows count, over how many decades delta changes, by which factor per layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gradguard.records import FloatArray, LayerTable
 
-__all__ = ["TRUNK_ROLES", "span_decades", "supported_span", "theil_sen_gain", "trunk"]
+__all__ = ["TRUNK_ROLES", "span_decades", "supported_span", "supported_spans", "theil_sen_gain", "trunk"]
 
 TRUNK_ROLES = frozenset({"affine", "norm", "recurrent", "embedding", "attention"})
 """Roles of the layers that the depth criterion compares: those that hold weights. Activations stand between them."""
@@ -26,8 +26,8 @@ def trunk(table: LayerTable, values: FloatArray) -> NDArray[np.intp]:
         values: Delta, L2 norm, shape ``[layers]``.
 
     Returns:
-        Indices of the rows with weights (or normalization) and a finite delta above 0. Exact zeros are left out: they have
-        owners of their own.
+        Indices of the rows with weights (or normalization) and a finite delta above 0. Exact zeros are left out: they
+        have owners of their own.
 
     Example:
         >>> import numpy as np
@@ -45,8 +45,8 @@ def trunk(table: LayerTable, values: FloatArray) -> NDArray[np.intp]:
 def span_decades(delta: FloatArray, *, minimum_layers: int = 6) -> float:
     """Return over how many decades delta changes between input and output.
 
-    The median of log10 delta over the first eighth of the layers, less that over the last eighth. With up to 23 layers an
-    eighth is one or two of them, where the median is the mean.
+    The median of log10 delta over the first eighth of the layers, less that over the last eighth. With up to 23 layers
+    an eighth is one or two of them, where the median is the mean.
 
     Args:
         delta: L2 norms at layer outputs in execution order, shape ``[layers]``. Exact zeros and non-finite entries are
@@ -54,7 +54,8 @@ def span_decades(delta: FloatArray, *, minimum_layers: int = 6) -> float:
         minimum_layers: With fewer layers than this the first is compared with the last.
 
     Returns:
-        Decades: negative where the gradient shrinks on its way to the input, positive where it grows; NaN below two layers.
+        Decades: negative where the gradient shrinks on its way to the input, positive where it grows; NaN below two
+            layers.
 
     Example:
         >>> import numpy as np
@@ -62,22 +63,19 @@ def span_decades(delta: FloatArray, *, minimum_layers: int = 6) -> float:
         -4.0
 
     Source:
-        The exponential law: Schoenholz et al. (2017), "Deep Information Propagation", ICLR, arXiv 1611.01232. The statistic
-        is ours: algorithms.md, section G.
+        The exponential law: Schoenholz et al. (2017), "Deep Information Propagation", ICLR, arXiv 1611.01232. The
+        statistic is ours: algorithms.md, section G.
     """
-    logs = _logs(delta)
-    if logs.size < 2:
-        return math.nan
-    size = _eighth(logs.size, minimum_layers)
-    return float(np.median(logs[:size]) - np.median(logs[-size:]))
+    return float(_row_spans(_logs(delta)[None, :], minimum_layers)[0][0])
 
 
 def supported_span(delta: FloatArray, *, minimum_layers: int = 6) -> float:
     """Return the part of :func:`span_decades` that no single side branch can make.
 
-    A shrinking gradient is measured from the *largest* delta of the first eighth, a growing one to the largest of the last
-    eighth: everything upstream of a loss is small, whereas a branch behind a LayerScale of 1e-6 stands among large ones.
-    It never exceeds the span and has the same sign, or is 0.
+    A shrinking gradient is measured from the *largest* delta of the first eighth, a growing one to the largest of the
+    last
+    eighth: everything upstream of a loss is small, whereas a branch behind a LayerScale of 1e-6 stands among large
+    ones. It never exceeds the span and has the same sign, or is 0.
 
     Args:
         delta: See :func:`span_decades`.
@@ -85,14 +83,40 @@ def supported_span(delta: FloatArray, *, minimum_layers: int = 6) -> float:
 
     Source: ours.
     """
-    logs = _logs(delta)
-    span = span_decades(delta, minimum_layers=minimum_layers)
-    if math.isnan(span):
-        return math.nan
-    size = _eighth(logs.size, minimum_layers)
-    if span < 0.0:
-        return min(0.0, max(span, float(np.max(logs[:size]) - np.median(logs[-size:]))))
-    return max(0.0, min(span, float(np.median(logs[:size]) - np.max(logs[-size:]))))
+    return float(_row_spans(_logs(delta)[None, :], minimum_layers)[1][0])
+
+
+def supported_spans(delta: FloatArray, *, minimum_layers: int = 6) -> FloatArray:
+    """Return :func:`supported_span` of each row, shape ``[observations]``; rows with the same live layers go together.
+
+    Args:
+        delta: L2 norms at layer outputs in execution order, shape ``[observations, layers]``.
+        minimum_layers: See :func:`span_decades`.
+    """
+    spans = np.full(len(delta), np.nan)
+    live = np.isfinite(delta) & (delta > 0.0)
+    if not live.any():
+        return spans
+    logs = np.log10(np.where(live, delta, 1.0))
+    patterns, group = np.unique(live, axis=0, return_inverse=True)
+    for index, pattern in enumerate(patterns):
+        rows = np.flatnonzero(group.ravel() == index)
+        spans[rows] = _row_spans(logs[np.ix_(rows, np.flatnonzero(pattern))], minimum_layers)[1]
+    return spans
+
+
+def _row_spans(logs: FloatArray, minimum_layers: int) -> tuple[FloatArray, FloatArray]:
+    """Return the span of each row and the part of it that is supported, each of shape ``[rows]``."""
+    count = logs.shape[1]
+    if count < 2:
+        return np.full(len(logs), np.nan), np.full(len(logs), np.nan)
+    size = 1 if count < minimum_layers else max(1, count // 8)
+    first, last = logs[:, :size], logs[:, -size:]
+    low, high = np.median(first, axis=1), np.median(last, axis=1)
+    span = low - high
+    shrinking = np.minimum(0.0, np.maximum(span, first.max(axis=1) - high))
+    growing = np.maximum(0.0, np.minimum(span, low - last.max(axis=1)))
+    return span, np.where(span < 0.0, shrinking, growing)
 
 
 def theil_sen_gain(delta: FloatArray) -> float:
@@ -127,7 +151,3 @@ def theil_sen_gain(delta: FloatArray) -> float:
 
 def _logs(delta: FloatArray) -> FloatArray:
     return np.log10(delta[np.isfinite(delta) & (delta > 0.0)])
-
-
-def _eighth(count: int, minimum_layers: int) -> int:
-    return 1 if count < minimum_layers else max(1, count // 8)

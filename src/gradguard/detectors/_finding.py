@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradguard.findings import Finding, Severity
+from gradguard.rules import RULES
 
 __all__ = ["make_finding"]
 
@@ -18,7 +19,5 @@ def make_finding(code: str, severity: Severity, message: str, **fields: Any) -> 
         message: One sentence with the numbers that matter.
         **fields: Further fields of :class:`~gradguard.findings.Finding`; ``step`` and ``last_step`` are required.
     """
-    from gradguard.rules import RULES
-
     rule = RULES[code]
     return Finding(code=code, name=rule.name, family=rule.family, severity=severity, message=message, **fields)

@@ -17,9 +17,9 @@ _MINIMUM_LOSSES = 20
 """Losses needed for a judgement. Ours: two medians of ten."""
 
 _CLEAR_CHANGE = 0.25
-"""Share of its size by which a loss must change to have clearly fallen or risen. Ours: a sigmoid net that never learns falls
-by 13 % on ten classes, from its first loss of 2.64 to ln 10; a default-initialized 20-layer net that learns late has fallen by
-39 % when its accuracy is .4 (algorithms.md, table G2b)."""
+"""Share of its size by which a loss must change to have clearly fallen or risen. Ours: a sigmoid net that never learns
+falls by 13 % on ten classes, from its first loss of 2.64 to ln 10; a default-initialized 20-layer net that learns late
+has fallen by 39 % when its accuracy is .4 (algorithms.md, table G2b)."""
 
 _SMALL_CHANGE = 0.02
 """Share of its size below which a change counts as none, however little noise there is. Ours."""
@@ -79,8 +79,8 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
 
     Args:
         losses: Losses, oldest first, shape ``[losses]``; NaN and infinities allowed.
-        classes: Width of the output where the loss may be a cross-entropy, else 0. Chance level is then ln(classes), and
-            a loss that came from there or above and ends there has not fallen.
+        classes: Width of the output where the loss may be a cross-entropy, else 0. Chance level is then ln(classes),
+            and a loss that came from there or above and ends there has not fallen.
 
     Returns:
         ``UNKNOWN`` below 20 finite losses, unless the last one is not finite: then ``RISEN``.

@@ -12,6 +12,7 @@ from gradguard.records import FloatArray, StepRecord
 __all__ = [
     "column",
     "finite_median",
+    "in_range",
     "is_bad",
     "names_text",
     "parameter_column",
@@ -52,8 +53,8 @@ def in_range(norm: FloatArray, largest: FloatArray) -> FloatArray:
 def is_bad(norm: FloatArray, largest: FloatArray) -> BoolArray:
     """Whether an entry of the tensor was NaN or infinite, per row.
 
-    A NaN alone means "not measured" in several columns; an infinite norm is what a NaN entry gives. A finite largest entry
-    clears the row: the squares overflowed.
+    A NaN alone means "not measured" in several columns; an infinite norm is what a NaN entry gives. A finite largest
+    entry clears the row: the squares overflowed.
     """
     bad: BoolArray = (np.isinf(norm) | np.isinf(largest)) & ~np.isfinite(largest)
     return bad
@@ -82,7 +83,7 @@ def percent(share: float) -> str:
 
 
 def names_text(names: tuple[str, ...], *, shown: int = 2) -> str:
-    """Return a few names in words: ``"a"``, ``"a and b"``, ``"a, b and 3 more"``; the model itself has the name ``""``."""
+    """Return a few names in words: ``"a"``, ``"a and b"``, ``"a, b and 3 more"``. The model itself has no name."""
     called = [name or "the model itself" for name in names]
     if len(called) <= 1:
         return "".join(called)

@@ -21,7 +21,8 @@ _HALF_MAX = 65504.0
 """Largest finite number of half precision. Source: IEEE 754-2019, binary16."""
 
 _NEAR_HALF_MAX = 0.1
-"""Share of that number which a layer's output must have reached before for an infinity to be a half-precision overflow. Ours."""
+"""Share of that number which a layer's output must have reached before for an infinity to be a half-precision overflow.
+Ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +77,20 @@ def locate(history: History, index: int, *, loss_bad: bool) -> Origin:
         return _in_forward(history, index, forward)
     if loss_bad and not len(record.layers):
         return Origin(
-            code=FORWARD, layer=None, layers=(), cause=Cause.UNKNOWN, where="the forward pass, whose layers were not observed",
+            code=FORWARD,
+            layer=None,
+            layers=(),
+            cause=Cause.UNKNOWN,
+            where="the forward pass, whose layers were not observed",
             confidence=0.6,
         )
     if loss_bad:
         return Origin(
-            code=FORWARD, layer=None, layers=(), cause=Cause.LOSS, where="the loss function, or code after the last layer"
+            code=FORWARD,
+            layer=None,
+            layers=(),
+            cause=Cause.LOSS,
+            where="the loss function, or code after the last layer",
         )
     return _in_backward(record)
 
@@ -112,7 +121,9 @@ def _forward_bad(history: History, index: int) -> BoolArray:
 def _input_bad(record: StepRecord, forward: BoolArray) -> BoolArray:
     """Return which rows have a non-finite input. NaN alone may mean "not measured", as for indices of an embedding."""
     largest = column(record, "input_max_abs")
-    measured = np.array([role in {"affine", "norm", "recurrent", "attention"} for role in record.layers.roles], dtype=np.bool_)
+    measured = np.array(
+        [role in {"affine", "norm", "recurrent", "attention"} for role in record.layers.roles], dtype=np.bool_
+    )
     bad: BoolArray = np.isinf(largest) | (np.isnan(largest) & forward & measured)
     return bad
 
@@ -125,7 +136,9 @@ def _in_forward(history: History, index: int, forward: BoolArray) -> Origin:
     shown = tuple(names[row] for row in np.flatnonzero(forward))
     if not given[first_out]:
         cause = _forward_cause(history, index, first_out)
-        return Origin(code=FORWARD, layer=names[first_out], layers=shown, cause=cause, where=f"the output of {names[first_out]}")
+        return Origin(
+            code=FORWARD, layer=names[first_out], layers=shown, cause=cause, where=f"the output of {names[first_out]}"
+        )
     if first_out == 0 or _is_raw(history, names[first_out]):
         return Origin(
             code=INPUT, layer=names[first_out], layers=shown, cause=Cause.DATA, where=f"the input of {names[first_out]}"
@@ -180,7 +193,12 @@ def _in_backward(record: StepRecord) -> Origin:
     after = [row for row in arrived if row > first]
     if not after:
         return Origin(
-            code=BACKWARD, layer=None, layers=shown, cause=Cause.LOSS, where="the derivative of the loss function", confidence=0.85
+            code=BACKWARD,
+            layer=None,
+            layers=shown,
+            cause=Cause.LOSS,
+            where="the derivative of the loss function",
+            confidence=0.85,
         )
     producer = next((row for row in after if given[row] and not deltas[row]), None)
     if producer is not None:

@@ -16,9 +16,9 @@ __all__ = ["comparable", "matrix_ratios", "ratio_before", "ratio_quantile"]
 def comparable(history: History) -> BoolArray:
     """Return which parameters have an update ratio that says something, shape ``[observations, parameters]``.
 
-    Matrices and kernels only: vectors (biases, normalization) start at 0 or 1 and move by other amounts. Parameters that
-    began at exactly zero (the B of LoRA, zero-initialized branches and heads) are left out for good, as a ratio to almost
-    nothing is huge; so are embeddings, of which a batch moves a few rows.
+    Matrices and kernels only: vectors (biases, normalization) start at 0 or 1 and move by other amounts. Parameters
+    that began at exactly zero (the B of LoRA, zero-initialized branches and heads) are left out for good, as a ratio to
+    almost nothing is huge; so are embeddings, of which a batch moves a few rows.
 
     Source: Karpathy, CS231n notes, for the ratio; exclusions: ours (algorithms.md, section F7).
     """
@@ -34,7 +34,7 @@ def comparable(history: History) -> BoolArray:
     if len(weight):
         known = ~np.isnan(weight)
         began_at_zero = weight[known.argmax(axis=0), np.arange(len(table))] == 0.0
-    return (
+    result: BoolArray = (
         (fixed & ~began_at_zero)[None, :]
         & (history.parameter("trainable") != 0.0)
         & (history.parameter("in_optimizer") != 0.0)
@@ -43,6 +43,7 @@ def comparable(history: History) -> BoolArray:
         & np.isfinite(weight)
         & (weight > 0.0)
     )
+    return result
 
 
 def matrix_ratios(history: History) -> FloatArray:
@@ -53,11 +54,15 @@ def matrix_ratios(history: History) -> FloatArray:
 
 def ratio_quantile(ratios: FloatArray, quantile: float) -> FloatArray:
     """Return a quantile of the ratios per observation, shape ``[observations]``; NaN where there is none."""
+    ordered = np.sort(ratios, axis=1)
+    known = np.sum(~np.isnan(ratios), axis=1)
     result = np.full(len(ratios), np.nan)
-    for index, row in enumerate(ratios):
-        known = row[~np.isnan(row)]
-        if known.size:
-            result[index] = np.quantile(known, quantile)
+    some = np.flatnonzero(known)
+    position = quantile * (known[some] - 1)
+    low = np.floor(position).astype(np.intp)
+    high = np.ceil(position).astype(np.intp)
+    weight = position - low
+    result[some] = ordered[some, low] * (1.0 - weight) + ordered[some, high] * weight
     return result
 
 

@@ -19,8 +19,8 @@ _SMOOTH_GAIN = 0.7
 """Gain per layer below which live rows decay. Ours: 0.577 is the weakest decay of torch's default initialization."""
 
 _SMOOTH_DECADES = 2.0
-"""Decades that live rows must lose before zeros count as their continuation. Ours: half precision, whose smallest number is
-6e-8, flushes gradients of ordinary size after about as much."""
+"""Decades that live rows must lose before zeros count as their continuation. Ours: half precision, whose smallest
+number is 6e-8, flushes gradients of ordinary size after about as much."""
 
 
 class ZeroOwner(StrEnum):
@@ -54,10 +54,10 @@ class Zeros:
 def zero_pattern(record: StepRecord) -> Zeros:
     """Find out who owns the exact zeros of delta in one observation.
 
-    Zeros at every row from the input up to some layer are a prefix. A prefix belongs to dead or saturated units where its
-    border shows them, to underflow where the live rows above decay smoothly towards it, to a zero-initialized module where
-    the border's weights are exactly zero; else something cut the gradient off. Zeros with live rows above *and* below
-    belong to a branch.
+    Zeros at every row from the input up to some layer are a prefix. A prefix belongs to dead or saturated units where
+    its border shows them, to underflow where the live rows above decay smoothly towards it, to a zero-initialized
+    module where the border's weights are exactly zero; else something cut the gradient off. Zeros with live rows above
+    *and* below belong to a branch.
 
     Source: ours (architecture.md, section 3; algorithms.md, G3).
     """

@@ -1,4 +1,4 @@
-"""GG101 vanishing-gradient and GG102 exploding-gradient: the gradient changes exponentially on its way through depth."""
+"""GG101 vanishing-gradient and GG102 exploding-gradient: the gradient changes exponentially through depth."""
 
 from __future__ import annotations
 
@@ -10,37 +10,35 @@ import numpy as np
 
 from gradguard.config import GuardConfig
 from gradguard.detectors._culprit import Explanation, explain_depth
-from gradguard.detectors._depth import span_decades, supported_span, theil_sen_gain, trunk
+from gradguard.detectors._depth import TRUNK_ROLES, span_decades, supported_span, supported_spans, theil_sen_gain, trunk
 from gradguard.detectors._episodes import BoolArray, Episode, last_episode
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import LossProgress, Trend, loss_progress
-from gradguard.detectors._numbers import column, names_text, percent, power_of_ten, signal
+from gradguard.detectors._numbers import column, in_range, names_text, percent, power_of_ten, signal
 from gradguard.detectors._updates import matrix_ratios, ratio_quantile
 from gradguard.detectors._zeros import ZeroOwner, zero_pattern
 from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
 from gradguard.history import History
 from gradguard.records import FloatArray, StepRecord
 
-__all__ = ["find_depth", "observed_span", "span_decades", "supported_span", "theil_sen_gain", "trunk"]
+__all__ = ["find_depth", "observed_spans", "span_decades", "supported_span", "theil_sen_gain", "trunk"]
 
 _LATE_LOOKS = 2
-"""Consecutive observations in which a late explosion must show. Ours: the span of a healthy run moves by up to 1.4 decades."""
-
-_UNDERFLOW_FLOOR = 1.0
-"""Decades added to a span for every row that the gradient no longer reaches, where the live rows give no gain. Ours."""
+"""Consecutive observations in which a late explosion must show. Ours: the span of a healthy run moves by up to 1.4
+decades."""
 
 _SURE = 0.98
-"""Highest confidence of a depth finding. Ours: 32 healthy SGD runs and 57 healthy Adam runs without a late false alarm."""
+"""Highest confidence of a depth finding. Ours: 32 healthy SGD runs and 57 healthy Adam runs without a late false
+alarm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """What the two rules share: spans and the circumstances that set the severity."""
+    """What the two rules share: spans, and the optimizer that sets the severity."""
 
     history: History
     config: GuardConfig
     spans: FloatArray
-    loss: LossProgress
 
     @property
     def adaptive(self) -> bool | None:
@@ -58,12 +56,12 @@ def find_depth(history: History, config: GuardConfig) -> Sequence[Finding]:
 
     One observation is enough. Beyond ``span_warning`` decades it is a warning; an error once it has stood for two
     observations and ``span_patience_steps`` steps, or at once with an optimizer that is known not to be adaptive (Adam
-    rescues many nets, SGD none). A finding goes on until the span is within ``span_info`` decades again. Late in a run a
-    gradient that grows by more than ``span_late_explosion`` decades is an error where the loss is known not to fall.
+    rescues many nets, SGD none). A finding goes on until the span is within ``span_info`` decades again. Late in a run
+    a gradient that grows by more than ``span_late_explosion`` decades is an error where the loss is known not to fall.
 
     A loss that has clearly fallen tempers the verdict: a late explosion within ``span_warning`` and, with an adaptive
-    optimizer, a vanishing gradient are then INFO; anything else beyond the limits is a warning. A span that has come back
-    within ``span_warning`` is a warning only where the loss is known not to fall.
+    optimizer, a vanishing gradient are then INFO; anything else beyond the limits is a warning. A span that has come
+    back within ``span_warning`` is a warning only where the loss is known not to fall.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``delta_norm``.
@@ -77,47 +75,62 @@ def find_depth(history: History, config: GuardConfig) -> Sequence[Finding]:
     """
     if not len(history):
         return []
-    spans = np.array([observed_span(record, config) for record in history.records])
-    run = _Run(history=history, config=config, spans=spans, loss=loss_progress(history))
-    found = [_vanishing(run), _exploding(run)]
+    run = _Run(history=history, config=config, spans=observed_spans(history, config))
+    found = [_judge(run, "GG101", *_vanishing(run)), _judge(run, "GG102", *_exploding(run))]
     return [finding for finding in found if finding is not None]
 
 
-def observed_span(record: StepRecord, config: GuardConfig) -> float:
-    """Return the depth span of one observation that counts, in decades; NaN where fewer than two rows are live.
+def observed_spans(history: History, config: GuardConfig) -> FloatArray:
+    """Return the depth span of each observation, in decades, shape ``[observations]``; NaN below two live rows.
 
     It is :func:`supported_span`, extended by the decay of the live rows for each row that underflowed to zero.
 
     Args:
-        record: One observation.
+        history: Records of one optimizer.
         config: Thresholds.
     """
-    delta = signal(record)
-    rows = trunk(record.layers, delta)
-    span = supported_span(delta[rows], minimum_layers=config.minimum_depth_layers)
-    zeros = zero_pattern(record)
-    if zeros.owner is ZeroOwner.UNDERFLOW:
-        gain = theil_sen_gain(delta[rows])
-        span -= len(zeros.rows) * (-math.log10(gain) if gain < 1.0 else _UNDERFLOW_FLOOR)
-    return span
+    columns = [row for row, role in enumerate(history.layers.roles) if role in TRUNK_ROLES]
+    delta = in_range(history.layer("delta_norm"), history.layer("delta_max_abs"))[:, columns]
+    spans = supported_spans(delta, minimum_layers=config.minimum_depth_layers)
+    records = history.records
+    for index in (int(i) for i in np.flatnonzero((delta == 0.0).any(axis=1) & ~np.isnan(spans))):
+        zeros = zero_pattern(records[index])
+        if zeros.owner is ZeroOwner.UNDERFLOW:
+            spans[index] += len(zeros.rows) * min(0.0, math.log10(theil_sen_gain(delta[index])))
+    return spans
 
 
-def _vanishing(run: _Run) -> Finding | None:
+def _vanishing(run: _Run) -> tuple[BoolArray, BoolArray]:
+    """Return where a vanishing gradient begins and where it goes on."""
+    return run.spans < -run.config.span_warning, run.spans < -run.config.span_info
+
+
+def _exploding(run: _Run) -> tuple[BoolArray, BoolArray]:
+    """Return where an exploding gradient begins and where it goes on."""
+    late = (run.steps > run.config.span_patience_steps) & (run.spans > run.config.span_late_explosion)
+    begins = (run.spans > run.config.span_warning) | _consecutive(late, ~np.isnan(run.spans))
+    return begins, run.spans > run.config.span_info
+
+
+def _judge(run: _Run, code: str, begins: BoolArray, holds: BoolArray) -> Finding | None:
     known = ~np.isnan(run.spans)
-    begins, holds = run.spans < -run.config.span_warning, run.spans < -run.config.span_info
     episode = last_episode(begins, holds=holds, known=known)
     if episode is None or not episode.standing:
         mention = _mention(holds & known, known)
         episode = episode if mention is None else mention
-    return None if episode is None else _finding(run, "GG101", episode, _vanishing_severity(run, episode))
+    if episode is None:
+        return None
+    loss = loss_progress(run.history)
+    severity = (_vanishing_severity if code == "GG101" else _exploding_severity)(run, episode, loss)
+    return _finding(run, code, episode, severity, loss)
 
 
-def _vanishing_severity(run: _Run, episode: Episode) -> Severity:
+def _vanishing_severity(run: _Run, episode: Episode, loss: LossProgress) -> Severity:
     if not episode.standing or -float(np.min(run.spans[episode.first : episode.last + 1])) <= run.config.span_warning:
         return Severity.INFO
     if run.spans[episode.last] >= -run.config.span_warning:
-        return Severity.WARNING if run.loss.stuck else Severity.INFO
-    fallen = run.loss.trend is Trend.FALLEN
+        return Severity.WARNING if loss.stuck else Severity.INFO
+    fallen = loss.trend is Trend.FALLEN
     if run.adaptive is False:
         return Severity.WARNING if fallen else Severity.ERROR
     if fallen:
@@ -125,20 +138,7 @@ def _vanishing_severity(run: _Run, episode: Episode) -> Severity:
     return Severity.ERROR if _has_lasted(run, episode) else Severity.WARNING
 
 
-def _exploding(run: _Run) -> Finding | None:
-    known = ~np.isnan(run.spans)
-    limit = run.config.span_warning
-    late = (run.steps > run.config.span_patience_steps) & (run.spans > run.config.span_late_explosion)
-    begins = (run.spans > limit) | _consecutive(late, known)
-    holds = run.spans > run.config.span_info
-    episode = last_episode(begins, holds=holds, known=known)
-    if episode is None or not episode.standing:
-        mention = _mention(holds & known, known)
-        episode = episode if mention is None else mention
-    return None if episode is None else _finding(run, "GG102", episode, _exploding_severity(run, episode))
-
-
-def _exploding_severity(run: _Run, episode: Episode) -> Severity:
+def _exploding_severity(run: _Run, episode: Episode, loss: LossProgress) -> Severity:
     now, config = run.spans[episode.last], run.config
     late = bool(run.steps[episode.last] > config.span_patience_steps)
     beyond = bool(now > config.span_warning)
@@ -146,11 +146,11 @@ def _exploding_severity(run: _Run, episode: Episode) -> Severity:
     began_beyond = bool(np.max(run.spans[episode.first : episode.last + 1]) > config.span_warning)
     if not episode.standing or not (beyond or lasting_late or began_beyond):
         return Severity.INFO
-    if run.loss.trend is Trend.FALLEN or (not beyond and not run.loss.stuck):
+    if loss.trend is Trend.FALLEN or (not beyond and not loss.stuck):
         return Severity.WARNING if beyond else Severity.INFO
     if run.adaptive is False:
         return Severity.ERROR
-    return Severity.ERROR if lasting_late and run.loss.stuck else Severity.WARNING
+    return Severity.ERROR if lasting_late and loss.stuck else Severity.WARNING
 
 
 def _has_lasted(run: _Run, episode: Episode) -> bool:
@@ -173,7 +173,7 @@ def _mention(mask: BoolArray, known: BoolArray) -> Episode | None:
     return episode if episode is not None and episode.standing else None
 
 
-def _finding(run: _Run, code: str, episode: Episode, severity: Severity) -> Finding:
+def _finding(run: _Run, code: str, episode: Episode, severity: Severity, loss: LossProgress) -> Finding:
     shown = episode.last if episode.standing else episode.first
     record = run.history.records[shown]
     delta = signal(record)
@@ -202,7 +202,7 @@ def _finding(run: _Run, code: str, episode: Episode, severity: Severity) -> Find
         layer=explained.layer,
         layers=tuple(record.layers.names[i] for i in rows),
         cause=explained.cause,
-        confidence=_confidence(run, episode, span),
+        confidence=_confidence(run, episode, span, loss),
         evidence=evidence,
         ruled_out=_ruled_out(run, episode, record, explained.cause),
     )
@@ -247,14 +247,16 @@ def _underflow_evidence(record: StepRecord) -> dict[str, Evidence]:
     if zeros.owner is not ZeroOwner.UNDERFLOW or zeros.border is None:
         return {}
     return {
-        "zero_layers": Evidence(value=len(zeros.rows), unit="layers", note="underflow: the gradient is exactly zero there"),
+        "zero_layers": Evidence(
+            value=len(zeros.rows), unit="layers", note="underflow: the gradient is exactly zero there"
+        ),
         "last_finite_delta": Evidence(
             value=float(signal(record)[zeros.border]), unit="L2 norm", note=record.layers.names[zeros.border]
         ),
     }
 
 
-def _confidence(run: _Run, episode: Episode, span: float) -> float:
+def _confidence(run: _Run, episode: Episode, span: float, loss: LossProgress) -> float:
     """Grow with the distance from the limit and with repetition; stay low where an optimizer may still put it right.
 
     Source: ours; the clinic calibrates it.
@@ -263,7 +265,7 @@ def _confidence(run: _Run, episode: Episode, span: float) -> float:
     value = min(_SURE, 0.5 + 0.3 * beyond + 0.06 * min(episode.count, 3))
     if run.adaptive is not False and not _has_lasted(run, episode):
         value = min(value, 0.6 if run.adaptive else 0.7)
-    return value if run.loss.trend is not Trend.FALLEN else min(value, 0.5)
+    return value if loss.trend is not Trend.FALLEN else min(value, 0.5)
 
 
 def _ruled_out(run: _Run, episode: Episode, record: StepRecord, cause: Cause) -> tuple[RuledOut, ...]:
@@ -284,7 +286,11 @@ def _ruled_out(run: _Run, episode: Episode, record: StepRecord, cause: Cause) ->
     shares = np.concatenate([column(record, "inactive_fraction"), column(record, "input_inactive_fraction")])
     shares = shares[np.isfinite(shares)]
     if not shares.size or shares.max() < run.config.dead_fraction_warning:
-        share = f"at most {percent(float(shares.max()))} of a layer's units inactive" if shares.size else "no ReLU-like units"
+        share = (
+            f"at most {percent(float(shares.max()))} of a layer's units inactive"
+            if shares.size
+            else "no ReLU-like units"
+        )
         excluded[Cause.DEAD_UNITS] = share
     excluded.pop(cause, None)
     return tuple(RuledOut(cause=other, reason=reason) for other, reason in excluded.items())

@@ -1,4 +1,4 @@
-"""GG104 no-gradient: trainable, and nothing arrives. Detached, unused, or cut off by an operation without a derivative."""
+"""GG104 no-gradient: trainable, and nothing arrives. Detached, unused, or cut off by an operation of slope zero."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from gradguard.history import History
 __all__ = ["find_missing_gradients"]
 
 _SETTLING_STEPS = 5
-"""Optimizer steps after which zero-initialized branches must have come alive. Source: architecture.md, section 3; ours."""
+"""Optimizer steps after which zero-initialized branches must have come alive. Source: architecture.md, section 3;
+ours."""
 
 _UNSEEN_PATIENCE = 3
-"""Observations without the module's taking part before it counts as unused. Ours: heads that take turns show up by then."""
+"""Observations without the module's taking part before it counts as unused. Ours: heads that take turns show up by
+then."""
 
 _GONE_PATIENCE = 4
-"""Times ``growth_patience`` for which a gradient must stay away that used to come. Ours: stochastic depth with a survival
-rate of 1/2 skips a block eight times in a row once in 256 observations."""
+"""Times ``growth_patience`` for which a gradient must stay away that used to come. Ours: stochastic depth with a
+survival rate of 1/2 skips a block eight times in a row once in 256 observations."""
 
 _MOST = 0.5
 """Share of the trainable entries from which a cut is an error. Ours: most of the model does not learn."""
@@ -48,13 +50,13 @@ def find_missing_gradients(history: History, config: GuardConfig) -> Sequence[Fi
     """Find trainable parameters at which no gradient arrives.
 
     What is absent (``.grad`` is ``None``) splits by what its module did. It ran, and nothing came back to its output:
-    detached, a warning, an error from half of the trainable entries on. It took no part in the forward pass: unused, INFO
-    below ``unused_fraction`` of the trainable entries. Exact zeros count where no dead or saturated layer, no underflow and
-    no zero-initialized module owns them.
+    detached, a warning, an error from half of the trainable entries on. It took no part in the forward pass: unused,
+    INFO below ``unused_fraction`` of the trainable entries. Exact zeros count where no dead or saturated layer, no
+    underflow and no zero-initialized module owns them.
 
-    A detached part must recur for ``growth_patience`` observations, an unused one for three, one whose gradient used to come
-    for longer; a check before the first step speaks after one. Where *no* gradient was read in a run, it was read at the
-    wrong moment: that is no finding, and the diagnosis says so.
+    A detached part must recur for ``growth_patience`` observations, an unused one for three, one whose gradient used to
+    come for longer; a check before the first step speaks after one. Where *no* gradient was read in a run, it was read
+    at the wrong moment: that is no finding, and the diagnosis says so.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``absent``, ``grad_norm``, ``delta_norm``.
@@ -161,8 +163,8 @@ def _absent_finding(history: History, config: GuardConfig, kind: str, missing: _
     if detached:
         where = names_text(modules[-1:])
         message = (
-            f"No gradient comes back to {where}: its output is cut off from the loss, and {percent(share)} of the trainable "
-            f"entries ({len(names)} parameters) get no gradient."
+            f"No gradient comes back to {where}: its output is cut off from the loss, and {percent(share)} of the "
+            f"trainable entries ({len(names)} parameters) get no gradient."
         )
         severity = Severity.ERROR if share >= _MOST else Severity.WARNING
     else:
@@ -185,7 +187,9 @@ def _absent_finding(history: History, config: GuardConfig, kind: str, missing: _
         evidence={
             "share": Evidence(value=share, unit="fraction", note="of the trainable entries"),
             "parameters": Evidence(value=len(names), unit="parameters"),
-            "kind": Evidence(value=kind, note="the module ran" if detached else "its module did not run, or not with it"),
+            "kind": Evidence(
+                value=kind, note="the module ran" if detached else "its module did not run, or not with it"
+            ),
         },
         ruled_out=(RuledOut(cause=Cause.PRECISION, reason="the gradient is absent (None), not zero"),),
     )
@@ -205,6 +209,8 @@ def _in_order(history: History, modules: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _zeros(history: History, config: GuardConfig) -> list[Finding]:
+    if not (history.layer("delta_norm") == 0.0).any():
+        return []
     patterns = [zero_pattern(record) for record in history.records]
     found = (
         _cut_off(history, config, patterns),
@@ -244,8 +250,8 @@ def _cut_off(history: History, config: GuardConfig, patterns: list[Zeros]) -> Fi
     return make_finding(
         "GG104",
         Severity.ERROR if episode.standing else Severity.INFO,
-        f"The gradient is cut off {where} {names_text((border,))}: it is exactly zero at all {len(names)} layers from the "
-        f"input up to {names_text(names[-1:])}.",
+        f"The gradient is cut off {where} {names_text((border,))}: it is exactly zero at all {len(names)} layers from "
+        f"the input up to {names_text(names[-1:])}.",
         step=int(steps[episode.first]),
         last_step=int(steps[episode.last]),
         resolved_step=None if episode.resolved is None else int(steps[episode.resolved]),
@@ -311,8 +317,8 @@ def _dead_branch(history: History, config: GuardConfig, patterns: list[Zeros]) -
     return make_finding(
         "GG104",
         Severity.WARNING if share >= config.unused_fraction else Severity.INFO,
-        f"{names_text(names)} get a gradient of exactly zero while layers before and after learn: the branch counts for "
-        f"nothing in the loss.",
+        f"{names_text(names)} get a gradient of exactly zero while layers before and after learn: the branch counts "
+        f"for nothing in the loss.",
         step=int(steps[episode.first]),
         last_step=int(steps[episode.last]),
         layer=names[-1],
@@ -328,5 +334,5 @@ def _is_dead(history: History, index: int, zeros: Zeros) -> bool:
     record = history.records[index]
     inactive = record.layer_values.get("inactive_fraction", np.full(len(record.layers), np.nan))
     functional = record.layer_values.get("input_inactive_fraction", np.full(len(record.layers), np.nan))
-    around = [row for row in range(min(zeros.rows), min(max(zeros.rows) + 3, len(record.layers)))]
+    around = list(range(min(zeros.rows), min(max(zeros.rows) + 3, len(record.layers))))
     return bool((inactive[around] == 1.0).any() or (functional[around] == 1.0).any())

@@ -1,4 +1,4 @@
-"""GG201 to GG204, non-finite numbers: from the input, the forward pass, the backward pass, or the parameters themselves."""
+"""GG201 to GG204, non-finite numbers: from the input, the forward pass, the backward pass, or the parameters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from gradguard.config import GuardConfig
+from gradguard.detectors._episodes import BoolArray
 from gradguard.detectors._finding import make_finding
-from gradguard.detectors._numbers import column
+from gradguard.detectors._numbers import column, is_bad
 from gradguard.detectors._origin import (
     BACKWARD,
     FORWARD,
@@ -25,13 +26,13 @@ from gradguard.detectors._origin import (
 from gradguard.detectors._updates import ratio_before
 from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
 from gradguard.history import History
-from gradguard.records import StepRecord
+from gradguard.records import FloatArray, StepRecord
 
 __all__ = ["find_non_finite"]
 
 _BLOW_UP = 10.0
-"""Factor over its median by which a loss grows before it overflows when the learning rate drove it. Ours: healthy losses
-of the clinic's runs stay within 4 times their running median."""
+"""Factor over its median by which a loss grows before it overflows when the learning rate drove it. Ours: healthy
+losses of the clinic's runs stay within 4 times their running median."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +57,11 @@ class _Onset:
 def find_non_finite(history: History, config: GuardConfig) -> Sequence[Finding]:
     """Find NaN and infinity, and where they come from.
 
-    The first observation that shows them decides, in this order: a parameter, a layer's input, a layer's output, the loss,
-    a gradient. Later ones are what follows; only parameters that become non-finite afterwards are reported as well. The
-    losses, known at every step, date the beginning between observations. One observation is enough. Steps that a loss
-    scaler skipped do not count, nor do norms whose squares overflowed, nor infinities that reach neither the loss nor a
-    gradient (an attention mask).
+    The first observation that shows them decides, in this order: a parameter, a layer's input, a layer's output, the
+    loss, a gradient. Later ones are what follows; only parameters that become non-finite afterwards are reported as
+    well. The losses, known at every step, date the beginning between observations. One observation is enough. Steps
+    that a loss scaler skipped do not count, nor do norms whose squares overflowed, nor infinities that reach neither
+    the loss nor a gradient (an attention mask).
 
     Args:
         history: Records of one optimizer, oldest first.
@@ -85,44 +86,46 @@ def find_non_finite(history: History, config: GuardConfig) -> Sequence[Finding]:
 
 
 def _onset(history: History) -> _Onset | None:
-    records = history.records
-    kept = [i for i, record in enumerate(records) if record.scalars.get("skipped", 0.0) != 1.0]
-    skipped = {record.step for i, record in enumerate(records) if i not in set(kept)}
+    records = history.steps
+    skipped = history.scalar("skipped") == 1.0
     steps, losses = history.losses
-    usable = np.array([int(step) not in skipped for step in steps], dtype=np.bool_)
-    steps, losses = steps[usable], losses[usable]
-    lost = ~np.isfinite(losses)
-    ill = [i for i in kept if _shows(records[i], loss_bad=_loss_bad(history, records[i]))]
-    if not ill and not lost.any():
+    usable = ~np.isin(steps, records[skipped])
+    steps, lost = steps[usable], ~np.isfinite(losses[usable])
+    ill = _shows(history, steps[lost]) & ~skipped
+    if not ill.any() and not lost.any():
         return None
-    bad_steps = [*(int(s) for s in steps[lost]), *(records[i].step for i in ill)]
-    fine_steps = [*(int(s) for s in steps[~lost]), *(records[i].step for i in kept if i not in set(ill))]
-    first, last = min(bad_steps), max(bad_steps)
-    after = [step for step in fine_steps if step > last]
+    bad = np.concatenate([steps[lost], records[ill]])
+    fine = np.concatenate([steps[~lost], records[~ill & ~skipped]])
+    after = fine[fine > bad.max()]
     return _Onset(
-        index=ill[0] if ill else None,
-        step=first,
-        last_step=last,
-        resolved_step=min(after) if after else None,
+        index=int(np.argmax(ill)) if ill.any() else None,
+        step=int(bad.min()),
+        last_step=int(bad.max()),
+        resolved_step=int(after.min()) if after.size else None,
         loss_step=int(steps[lost].min()) if lost.any() else None,
     )
 
 
-def _shows(record: StepRecord, *, loss_bad: bool) -> bool:
-    """Whether an observation holds a non-finite parameter, gradient or loss: what matters, wherever it came from."""
-    return loss_bad or bool(bad_parameters(record).any() or bad_gradients(record).any())
+def _shows(history: History, lost_steps: FloatArray) -> BoolArray:
+    """Return which observations hold a non-finite parameter, gradient or loss: what matters, wherever it came from."""
+    weights = is_bad(history.parameter("weight_norm"), history.parameter("weight_max_abs"))
+    gradients = is_bad(history.parameter("grad_norm"), history.parameter("grad_max_abs"))
+    own_loss = np.array(
+        [not math.isfinite(record.scalars.get("loss", 0.0)) for record in history.records], dtype=np.bool_
+    )
+    return weights.any(axis=1) | gradients.any(axis=1) | np.isin(history.steps, lost_steps) | own_loss
 
 
 def _loss_bad(history: History, record: StepRecord) -> bool:
     """Whether the loss of an observation is known not to be finite."""
     steps, losses = history.losses
     own = losses[steps == record.step]
-    if own.size:
-        return not math.isfinite(float(own[-1]))
-    return "loss" in record.scalars and not math.isfinite(record.scalars["loss"])
+    return bool((~np.isfinite(own)).any()) or not math.isfinite(record.scalars.get("loss", 0.0))
 
 
-def _origin_finding(history: History, config: GuardConfig, onset: _Onset, record: StepRecord, origin: Origin) -> Finding:
+def _origin_finding(
+    history: History, config: GuardConfig, onset: _Onset, record: StepRecord, origin: Origin
+) -> Finding:
     cause, evidence, confidence = origin.cause, _evidence(history, onset, record), origin.confidence
     unseen_start = origin.code == PARAMETER and record.step > 0
     driven = _driven_by_rate(history, config, onset)
@@ -144,7 +147,9 @@ def _origin_finding(history: History, config: GuardConfig, onset: _Onset, record
 
 
 def _message(onset: _Onset, origin: Origin) -> str:
-    kind = {INPUT: "enter at", FORWARD: "appear first in", BACKWARD: "appear first in", PARAMETER: "stand in"}[origin.code]
+    kind = {INPUT: "enter at", FORWARD: "appear first in", BACKWARD: "appear first in", PARAMETER: "stand in"}[
+        origin.code
+    ]
     text = f"NaN or infinity {kind} {origin.where}, at step {onset.step}."
     if origin.code == PARAMETER and onset.loss_step == onset.step and onset.step > 0:
         text += " The loss was the first to show it; the layers were not being observed then."
@@ -156,8 +161,12 @@ def _message(onset: _Onset, origin: Origin) -> str:
 def _evidence(history: History, onset: _Onset, record: StepRecord) -> dict[str, Evidence]:
     gradients, parameters = bad_gradients(record), bad_parameters(record)
     evidence = {
-        "gradients": Evidence(value=int(gradients.sum()), unit="parameters", note=f"non-finite gradient, of {len(gradients)}"),
-        "parameters": Evidence(value=int(parameters.sum()), unit="parameters", note=f"non-finite weight, of {len(parameters)}"),
+        "gradients": Evidence(
+            value=int(gradients.sum()), unit="parameters", note=f"non-finite gradient, of {len(gradients)}"
+        ),
+        "parameters": Evidence(
+            value=int(parameters.sum()), unit="parameters", note=f"non-finite weight, of {len(parameters)}"
+        ),
         "observed_step": Evidence(value=record.step, unit="steps", note="first observation that shows it"),
     }
     if onset.loss_step is not None:
@@ -169,12 +178,14 @@ def _evidence(history: History, onset: _Onset, record: StepRecord) -> dict[str, 
 
 
 def _driven_by_rate(history: History, config: GuardConfig, onset: _Onset) -> dict[str, Evidence]:
-    """Return the numbers that blame the learning rate: updates too large, or a loss that blew up before it overflowed."""
+    """Return the numbers that blame the learning rate: updates too large, or a loss that blew up beforehand."""
     evidence: dict[str, Evidence] = {}
     healthy = [i for i, record in enumerate(history.records) if record.step < onset.step]
     ratio = ratio_before(history, healthy[-1]) if healthy else math.nan
     if ratio > config.update_ratio_high:
-        evidence["update_ratio"] = Evidence(value=ratio, unit="ratio", note=f"above {config.update_ratio_high:g} before it")
+        evidence["update_ratio"] = Evidence(
+            value=ratio, unit="ratio", note=f"above {config.update_ratio_high:g} before it"
+        )
     steps, losses = history.losses
     before = losses[(steps < onset.step) & np.isfinite(losses)]
     if before.size >= 2 and before[-1] > _BLOW_UP * abs(float(np.median(before[: max(1, before.size // 2)]))):
@@ -187,7 +198,9 @@ def _ruled_out(record: StepRecord, origin: Origin, *, driven: bool) -> tuple[Rul
     excluded = []
     given = column(record, "input_max_abs")
     if origin.code != INPUT and given.size and math.isfinite(given[0]):
-        excluded.append(RuledOut(cause=Cause.DATA, reason=f"the first layer's input is finite, largest entry {given[0]:.2g}"))
+        excluded.append(
+            RuledOut(cause=Cause.DATA, reason=f"the first layer's input is finite, largest entry {given[0]:.2g}")
+        )
     if origin.code != PARAMETER and not driven:
         excluded.append(RuledOut(cause=Cause.CORRUPT_WEIGHTS, reason="every parameter was finite when it appeared"))
     return tuple(excluded)

@@ -24,6 +24,7 @@ from gradguard.monitors._trees import floating_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from gradguard.records import FloatArray, LayerTable
 
@@ -67,6 +68,9 @@ class SignalMonitor:
         self._patience = dead_patience_steps
         self._any_mode = any_mode
         self._hooks = HookSet()
+        self._taps: dict[int, RemovableHandle] = {}
+        self._fired: set[int] = set()
+        self._ran = False
         self._late: list[tuple[nn.Module, str]] = []
         self._streaks: dict[tuple[int, str, str], Streak] = {}
         self.generation = 0
@@ -81,16 +85,17 @@ class SignalMonitor:
         self._readback = readback
         self._rows: dict[str, Row] = {}
         self._known = KnownTensors()
+        self._paused = False
         self.eval_calls = 0
         self.backward_seen = False
 
     def arm(self) -> None:
         """Set the forward hooks; calling twice is harmless."""
-        if self.failed:
+        if self.failed or self._active:
             return
         self._active = True
-        if len(self._hooks):
-            return
+        self._ran = False
+        self._fired.clear()
         self._late = []
         for module, name, late in _targets(self._model):
             if late is None:
@@ -101,18 +106,30 @@ class SignalMonitor:
                 self._late.append((module, name))
 
     def disarm(self) -> None:
-        """Remove every hook; gradient hooks of graphs that are still alive become inert. Harmless when called twice."""
+        """Remove the hooks; gradient hooks of graphs that are still alive become inert. Harmless when called twice.
+
+        A forward hook that did not fire in a step that ran stays until :meth:`close`: its module is unused, or compiled
+        with the hook in place, and then removing it would make torch compile again.
+        """
         self._active = False
         self._hooks.close()
+        for key in [key for key in self._taps if key in self._fired or not self._ran]:
+            self._taps.pop(key).remove()
         self.generation += 1
+
+    def close(self) -> None:
+        """Remove every hook, for good."""
+        self._ran = False
+        self.disarm()
 
     def pause(self) -> None:
         """Let what follows in this step pass unobserved, as in further evaluations of a closure."""
-        self._active = False
+        self._paused = True
         self.generation += 1
 
     def close_step(self, step: int, optimizer: int) -> None:
         """Queue what spans observations: for how long units have been inactive."""
+        self._ran = True
         for row in self._rows.values():
             for prefix, units in (("", row.units), ("input_", row.input_units)):
                 if units.peak is None:
@@ -129,6 +146,18 @@ class SignalMonitor:
     def columns(self) -> tuple[LayerTable, dict[str, FloatArray]]:
         """Return the rows of this observation; call after the transfer. Modules that did not run are left out."""
         return layer_columns([row for row in self._rows.values() if row.calls], self._readback)
+
+    def blind(self) -> Unobserved | None:
+        """Return why no layer was seen in a step that ran under hooks, ``None`` where some were."""
+        if not self._active or any(row.calls for row in self._rows.values()):
+            return None
+        if self.eval_calls:
+            why = "the forward pass ran in evaluation mode"
+        elif self._fired:
+            why = "the forward pass ran without gradients"
+        else:
+            why = "no forward hook fired: the model runs compiled, or as a copy"
+        return Unobserved(what="layer signals", why=f"{why}; parameters are observed")
 
     def unobserved(self) -> list[Unobserved]:
         """Return what the hooks cannot see in this model."""
@@ -150,7 +179,9 @@ class SignalMonitor:
         return notes
 
     def _watch(self, module: nn.Module, name: str) -> None:
-        self._hooks.add(module.register_forward_hook(Hook(self, SignalMonitor._on_forward, name), with_kwargs=True))
+        if id(module) not in self._taps:
+            hook = Hook(self, SignalMonitor._on_forward, name)
+            self._taps[id(module)] = module.register_forward_hook(hook, with_kwargs=True)
 
     def _arm_late(self, *_: Any) -> None:
         if self._late and torch.is_grad_enabled() and self._in_training(self._model):
@@ -162,8 +193,9 @@ class SignalMonitor:
         return self._any_mode or module.training or self._model.training
 
     def _on_forward(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._active:
+        if not self._active or self._paused:
             return
+        self._fired.add(id(module))
         started = time.perf_counter()
         grad = torch.is_grad_enabled()
         try:
@@ -294,7 +326,7 @@ class SignalMonitor:
 
     def _fail(self, place: str, error: BaseException) -> None:
         self.failed = True
-        self.disarm()
+        self.close()
         self._on_failure(place, error)
 
 

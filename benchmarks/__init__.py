@@ -1,0 +1,1 @@
+"""Measurements of gradguard: what it finds, and what it costs."""

@@ -1,0 +1,247 @@
+"""The commands that need torch: ``gradguard check`` and ``gradguard demo``.
+
+``gradguard.cli`` loads this module by name when one of them is called. Both return the exit code of the process and
+raise a :class:`~gradguard.errors.GradGuardError` where they cannot do what was asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from gradguard._demo import CASES, Case, accuracy, build, load_digits, train, train_with_lightning
+from gradguard.errors import GradGuardError
+from gradguard.findings import Diagnosis, Finding, Severity
+from gradguard.preflight import check
+from gradguard.report.console import print_report
+
+__all__ = ["TargetError", "load_target", "run_check", "run_demo"]
+
+_FORMS = "Write module:function or path/to/file.py:function, for instance net.py:sample."
+_RETURNS = "It must return (model, batch, compute_loss), where compute_loss(model, batch) is the scalar loss."
+
+
+class TargetError(GradGuardError):
+    """The target of ``gradguard check`` cannot be used; the message says why and what is accepted."""
+
+
+def run_check(
+    target: str,
+    *,
+    as_json: bool = False,
+    fail_on: str = "warning",
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+) -> int:
+    """Check the model that a function returns, and print the report.
+
+    Args:
+        target: ``module:function`` or ``path/to/file.py:function``; see :func:`load_target`.
+        as_json: Print the diagnosis as one JSON object. What the target itself prints then goes to standard error.
+        fail_on: Lowest severity that counts as a failure: ``"info"``, ``"warning"`` or ``"error"``.
+        select: Codes, names or families of rules to apply; empty means all.
+        ignore: Codes, names or families of rules to leave out.
+
+    Returns:
+        0 where nothing at or above ``fail_on`` was found, 1 where something was, 2 where too little could be observed.
+
+    Raises:
+        TargetError: If the target cannot be loaded, or its model cannot be checked.
+    """
+    with _search_path(target), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        model, batch, compute_loss = load_target(target)
+        try:
+            diagnosis = check(model, batch, compute_loss, select=tuple(select), ignore=tuple(ignore))
+        except GradGuardError:
+            raise
+        except Exception as error:
+            raise TargetError(f"the model of {target!r} could not be checked.\n{_describe(error)}") from error
+    if as_json:
+        sys.stdout.write(f"{diagnosis.to_json()}\n")
+    else:
+        print_report(diagnosis)
+    worst = diagnosis.worst()
+    if worst is not None and worst >= Severity[fail_on.upper()]:
+        return 1
+    return 2 if diagnosis.healthy is None else 0
+
+
+def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any, Any], Any]]:
+    """Import a function by ``module:function`` or ``path/to/file.py:function``, call it, and check what it returns.
+
+    Args:
+        target: Module (the working directory is searched as well) or file, a colon, and the name of a function that
+            takes no arguments.
+
+    Returns:
+        The model, a batch, and the function ``compute_loss(model, batch)``.
+
+    Raises:
+        TargetError: If any of that fails. The message shows the original error, or names the closest function.
+    """
+    where, colon, name = target.rpartition(":")
+    if not colon or not where or not name:
+        raise TargetError(f"target {target!r} names no module and function. {_FORMS}")
+    module = _import(where)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise TargetError(f"{where!r} has no function {name!r}.{_closest_function(name, module)} {_FORMS}")
+    try:
+        value = function()
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{target!r} was called without arguments and failed.\n{_describe(error)}") from error
+    return _checked(target, value)
+
+
+def _checked(target: str, value: Any) -> tuple[nn.Module, Any, Callable[[Any, Any], Any]]:
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+        raise TargetError(f"{target!r} returned a {type(value).__name__}{size}. {_RETURNS}")
+    model, batch, compute_loss = value
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"{target!r} returned a {type(model).__name__} as its model, not an nn.Module. {_RETURNS}")
+    if not callable(compute_loss):
+        raise TargetError(
+            f"{target!r} returned a {type(compute_loss).__name__} as compute_loss, which cannot be called. {_RETURNS}"
+        )
+    return model, batch, compute_loss
+
+
+def _import(where: str) -> ModuleType:
+    path = Path(where)
+    is_file = path.suffix == ".py"
+    if is_file and not path.is_file():
+        raise TargetError(f"there is no file {where!r} in {Path.cwd()}. {_FORMS}")
+    try:
+        return _import_file(path) if is_file else importlib.import_module(where)
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{where!r} could not be imported.\n{_describe(error)}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    # Not under the file's own name: a net called torch.py must not take the place of torch.
+    name = f"gradguard_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise ImportError(f"Python has no loader for {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextlib.contextmanager
+def _search_path(target: str) -> Iterator[None]:
+    """Let the target import its neighbours: those of its file, and those in the working directory."""
+    before = list(sys.path)
+    path = Path(target.rpartition(":")[0])
+    sys.path[:0] = [str(path.resolve().parent)] if path.suffix == ".py" else []
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _closest_function(name: str, module: ModuleType) -> str:
+    functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    close = difflib.get_close_matches(name, functions, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _describe(error: BaseException) -> str:
+    """Return the original error with those lines of its traceback that are the user's."""
+    ours = tuple(str(Path(str(module.__file__)).parent) for module in (importlib.import_module("gradguard"), torch))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*ours, "<frozen importlib")) and "importlib" not in Path(frame.filename).parts
+    ]
+    text = "".join(traceback.StackSummary.from_list(frames).format())
+    return text + "".join(traceback.format_exception_only(error)).rstrip()
+
+
+def run_demo(
+    *, lightning: bool = False, as_json: bool = False, steps: int = 240, seed: int = 0, progress: bool = True
+) -> int:
+    """Train a sick network and its healthy twin on digits, and print the report on each.
+
+    Args:
+        lightning: Train through a Lightning Trainer with :class:`gradguard.GradGuardCallback`.
+        as_json: Print one JSON object with both diagnoses, under ``"sick"`` and ``"healthy"``.
+        steps: Optimizer steps for each network, at least 1.
+        seed: Seed of the weights and of the order of the batches.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        0: what the diagnoses say is no failure of the demo.
+
+    Raises:
+        MissingExtraError: If scikit-learn or Lightning is missing; the message names the extra.
+    """
+    digits = load_digits()
+    fit = train_with_lightning if lightning else train
+    results: list[tuple[Case, Diagnosis, float]] = []
+    with _progress_bar(shown=progress) as bar, torch.random.fork_rng(devices=[]):
+        for case in CASES:
+            task = bar.add_task(f"training the {case.label} network", total=steps)
+            torch.manual_seed(seed)
+            model = build(case)
+            batches = digits.batches(steps, seed=seed)
+            diagnosis = fit(model, batches, _announcer(case, bar, shown=progress), partial(bar.advance, task))
+            results.append((case, diagnosis, accuracy(model, digits)))
+    if as_json:
+        text = json.dumps({case.label: diagnosis.to_dict() for case, diagnosis, _ in results}, indent=2)
+        sys.stdout.write(f"{text}\n")
+    else:
+        _print_reports(results, steps)
+    return 0
+
+
+def _print_reports(results: Sequence[tuple[Case, Diagnosis, float]], steps: int) -> None:
+    console = Console(highlight=False)
+    for case, diagnosis, share in results:
+        console.print(f"\nThe {case.label} one: {case.title}, {steps} steps of Adam.", soft_wrap=True)
+        console.print(f"It names {share:.0%} of the held-out digits correctly; chance is 10%.", soft_wrap=True)
+        print_report(diagnosis, console)
+
+
+def _progress_bar(*, shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+    )
+
+
+def _announcer(case: Case, bar: Progress, *, shown: bool) -> Callable[[Finding], object]:
+    """Return what a run says the moment a finding begins: one line, above the progress bar."""
+
+    def announce(finding: Finding) -> None:
+        if shown:
+            bar.console.print(f"{case.label}: step {finding.step}: {finding.code} {finding.name}", highlight=False)
+
+    return announce

@@ -1,0 +1,88 @@
+"""Detectors: from a History to Findings. Pure functions of numbers; no torch.
+
+Each rule, or family of rules that share their numbers, has a file. A detector says how many observations it needs and
+is silent below that. To add one, write a function with the signature of :class:`Detector` and put it into
+:data:`DEFAULT_DETECTORS`, or pass it as an argument; nothing registers itself on import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from gradguard.config import GuardConfig
+from gradguard.detectors.dead_units import find_dead_units
+from gradguard.detectors.depth import find_depth
+from gradguard.detectors.learning_rate import find_learning_rate
+from gradguard.detectors.no_gradient import find_missing_gradients
+from gradguard.detectors.no_update import find_no_update
+from gradguard.detectors.non_finite import find_non_finite
+from gradguard.detectors.saturated_units import find_saturated_units
+from gradguard.findings import Finding
+from gradguard.history import History
+
+__all__ = [
+    "DEFAULT_DETECTORS",
+    "Detector",
+    "find_dead_units",
+    "find_depth",
+    "find_learning_rate",
+    "find_missing_gradients",
+    "find_no_update",
+    "find_non_finite",
+    "find_saturated_units",
+    "run_detectors",
+]
+
+
+class Detector(Protocol):
+    """Judges the history of one optimizer. Pure: the same history gives the same findings, and nothing is changed."""
+
+    def __call__(self, history: History, config: GuardConfig, /) -> Sequence[Finding]:
+        """Return what is wrong, empty when all is well or too little was observed to say."""
+        ...
+
+
+DEFAULT_DETECTORS: tuple[Detector, ...] = (
+    find_non_finite,
+    find_depth,
+    find_missing_gradients,
+    find_dead_units,
+    find_saturated_units,
+    find_learning_rate,
+    find_no_update,
+)
+"""Every detector of the catalogue, in the order in which they run."""
+
+
+def run_detectors(
+    history: History, config: GuardConfig, detectors: Sequence[Detector] = DEFAULT_DETECTORS
+) -> list[Finding]:
+    """Judge a history, each optimizer's part by itself.
+
+    Args:
+        history: Records of a run or a check, oldest first, of one or several optimizers.
+        config: Thresholds, and the rules to apply.
+        detectors: What to apply, in order.
+
+    Returns:
+        The findings of rules that ``config`` wants, in the order of optimizers and detectors; where there are several
+        optimizers each finding names its own.
+    """
+    parts = history.split()
+    findings: list[Finding] = []
+    for part in parts:
+        label = _label(part) if len(parts) > 1 else ""
+        for detector in detectors:
+            found = [finding for finding in detector(part, config) if config.wants(finding.code)]
+            findings.extend(replace(finding, optimizer=label) if label else finding for finding in found)
+    return findings
+
+
+def _label(part: History) -> str:
+    optimizers = part.info.optimizers
+    if part.optimizer < len(optimizers):
+        info = optimizers[part.optimizer]
+        return info.label or f"{info.name} {part.optimizer}"
+    return f"optimizer {part.optimizer}"

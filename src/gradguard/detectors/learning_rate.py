@@ -1,0 +1,152 @@
+"""GG501 learning-rate-too-high and GG502 learning-rate-too-low, by the ratio of update to weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradguard.config import GuardConfig
+from gradguard.detectors._episodes import Episode, last_episode
+from gradguard.detectors._finding import make_finding
+from gradguard.detectors._loss import LossProgress, Trend, loss_progress
+from gradguard.detectors._numbers import power_of_ten
+from gradguard.detectors._updates import matrix_ratios, ratio_quantile
+from gradguard.findings import Cause, Evidence, Finding, Severity
+from gradguard.history import History
+from gradguard.records import FloatArray
+
+__all__ = ["find_learning_rate"]
+
+_TARGET = 1e-3
+"""Update-to-weight ratio to aim for. Source: Karpathy, CS231n notes, "Neural networks part 3"."""
+
+_FAST_QUARTER = 0.75
+"""Quantile that must lie below ``update_ratio_low``: while a quarter of the matrices move, the rate is not too low.
+Ours: discriminative rates and thawed layers leave most of a healthy net standing still."""
+
+_DECAYED = 0.1
+"""Share of its peak below which a rate counts as the end of a schedule. Ours."""
+
+_CONVERGED = 0.5
+"""Share of ln(classes) below which a classifier that hardly moves has converged. Ours."""
+
+
+def find_learning_rate(history: History, config: GuardConfig) -> Sequence[Finding]:
+    """Find a learning rate that is too high or too low for the weights it moves.
+
+    Too high: the median ratio over matrices stays above ``update_ratio_high`` for ``update_patience`` consecutive
+    observations *and* the loss is known not to fall; one observation is enough where numbers then cease to be finite.
+    It stands until the loss falls, as the ratio drops by itself once the weights have grown.
+
+    Too low: three quarters of the matrices stay below ``update_ratio_low`` for ``update_patience`` consecutive
+    observations up to the last, the loss is flat, and neither warm-up, nor the end of a schedule, nor convergence
+    explains it.
+
+    Vectors, embeddings and what began at zero are left out. Nothing is said in a check before the first step.
+
+    Args:
+        history: Records of one optimizer, oldest first; needs ``update_ratio``, and losses.
+        config: Thresholds.
+
+    Source: Karpathy, CS231n notes, for the ratio; gates: ours (algorithms.md, section F7).
+    """
+    if not len(history) or history.info.preflight:
+        return []
+    ratios = matrix_ratios(history)
+    found = [_too_high(history, config, ratios), _too_low(history, config, ratios)]
+    return [finding for finding in found if finding is not None]
+
+
+def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Finding | None:
+    medians = ratio_quantile(ratios, 0.5)
+    known = ~np.isnan(medians)
+    too_high = medians > config.update_ratio_high
+    if not too_high.any():
+        return None
+    losses, loss = history.losses[1], loss_progress(history)
+    blown = bool(losses.size and not np.isfinite(losses[-1])) or not np.isfinite(_last_weights(history)).all()
+    episode = last_episode(too_high, known=known, patience=1 if blown else config.update_patience)
+    if episode is None or not (loss.stuck or blown):
+        return None
+    steps = history.steps.astype(np.int64)
+    ratio = float(np.max(medians[episode.first : episode.last + 1]))
+    rose = blown or loss.trend is Trend.RISEN
+    outcome = "the numbers ceased to be finite" if blown else ("the loss rose" if rose else "the loss does not fall")
+    return make_finding(
+        "GG501",
+        Severity.ERROR if rose else Severity.WARNING,
+        f"The learning rate is too high: a step changes the weights by {ratio:.2g} of their size (median over "
+        f"matrices; about {_TARGET:g} is usual), and {outcome}.",
+        step=int(steps[episode.first]),
+        last_step=int(steps[-1]),
+        cause=Cause.LEARNING_RATE,
+        confidence=min(0.9, 0.6 + 0.1 * min(episode.count, 3))
+        if rose
+        else min(0.85, 0.5 + 0.1 * min(episode.count, 3)),
+        evidence=_evidence(history, episode, ratio, loss, note=f"above {config.update_ratio_high:g}"),
+    )
+
+
+def _too_low(history: History, config: GuardConfig, ratios: FloatArray) -> Finding | None:
+    fastest = ratio_quantile(ratios, _FAST_QUARTER)
+    known = ~np.isnan(fastest)
+    mask = (fastest < config.update_ratio_low) & (fastest > 0.0)
+    episode = last_episode(mask, known=known, patience=config.update_patience)
+    if episode is None or not episode.standing:
+        return None
+    loss = loss_progress(history)
+    if loss.trend is not Trend.FLAT:
+        return None
+    classes = history.info.classes
+    converged = classes >= 2 and loss.last < _CONVERGED * math.log(classes)
+    if converged or _is_scheduled(history, episode):
+        return None
+    steps = history.steps.astype(np.int64)
+    ratio = float(np.median(fastest[episode.first : episode.last + 1][mask[episode.first : episode.last + 1]]))
+    return make_finding(
+        "GG502",
+        Severity.WARNING,
+        f"The learning rate is too low: a step changes the weights by {power_of_ten(ratio)} of their size (upper "
+        f"quartile over matrices; about {power_of_ten(_TARGET)} is usual), and the loss does not fall.",
+        step=int(steps[episode.first]),
+        last_step=int(steps[episode.last]),
+        cause=Cause.LEARNING_RATE,
+        confidence=min(0.85, 0.5 + 0.1 * min(episode.count, 3)),
+        evidence=_evidence(history, episode, ratio, loss, note=f"below {config.update_ratio_low:g}"),
+    )
+
+
+def _last_weights(history: History) -> FloatArray:
+    weights = history.parameter("weight_norm")[-1]
+    known: FloatArray = weights[~np.isnan(weights)]
+    return known
+
+
+def _is_scheduled(history: History, episode: Episode) -> bool:
+    """Whether the rate is still rising (warm-up), or is what a schedule left of a higher one."""
+    rates = history.scalar("lr")
+    window = rates[episode.first : episode.last + 1]
+    window = window[np.isfinite(window)]
+    if not window.size:
+        return False
+    peak = float(np.nanmax(rates))
+    return bool(window[-1] > 1.01 * window[0]) or bool(window[-1] < _DECAYED * peak)
+
+
+def _evidence(
+    history: History, episode: Episode, ratio: float, loss: LossProgress, *, note: str
+) -> dict[str, Evidence]:
+    evidence = {
+        "update_ratio": Evidence(value=ratio, unit="ratio", note=f"update/weight, {note}"),
+        "observations": Evidence(value=episode.count, unit="observations", note="consecutive"),
+        "loss_trend": Evidence(value=str(loss.trend)),
+    }
+    rate = history.scalar("lr")[episode.last]
+    if np.isfinite(rate) and rate > 0.0:
+        evidence["lr"] = Evidence(value=float(rate), note="learning rate")
+        evidence["suggested_lr"] = Evidence(
+            value=float(rate) * _TARGET / ratio, note=f"would give a ratio of about {_TARGET:g}"
+        )
+    return evidence

@@ -1,0 +1,126 @@
+"""GG302 saturated-units: sigmoid or tanh units at their flat ends, where that costs the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradguard.config import GuardConfig
+from gradguard.detectors._depth import TRUNK_ROLES
+from gradguard.detectors._episodes import BoolArray, last_episode
+from gradguard.detectors._finding import make_finding
+from gradguard.detectors._loss import LossProgress, Trend, loss_progress
+from gradguard.detectors._numbers import names_text, percent
+from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
+from gradguard.history import History
+from gradguard.records import FloatArray
+
+__all__ = ["find_saturated_units"]
+
+_PASSED = 0.2
+"""Measured gain across the activation, as a share of its largest derivative, below which saturation costs the gradient.
+Ours: a healthy sigmoid passes 0.85, a tanh at twice the usual weight gain 0.6; with 95 % of the units at the ends it is
+    0.2."""
+
+_FAR_INPUT = 10.0
+"""Largest entry of the input from which data, not weights, saturate the first layers. Ours: standardized data stay
+below 10."""
+
+
+def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Finding]:
+    """Find layers whose units are saturated *and* pass next to no gradient.
+
+    Trained tanh and sigmoid nets hold saturated units in good health: that alone is no finding. Needed are more than
+    ``saturated_fraction`` saturated units, a measured gain across the activation below a fifth of its largest
+    derivative, both for ``update_patience`` consecutive observations, and a loss that is known not to fall. A loss that
+    is not known makes it INFO; one that falls is no finding. An output activation, with no layer after it, is left out:
+    it is meant to reach its ends. A check before the first step speaks after one look.
+
+    Args:
+        history: Records of one optimizer, oldest first; needs ``saturated_fraction`` and ``delta_norm``.
+        config: Thresholds.
+
+    Returns:
+        At most one finding; its ``layer`` is the first saturated layer in forward order.
+
+    Source: share of units: SageMaker Debugger, SaturatedActivation. The cost in gradient is ours.
+    """
+    if not len(history):
+        return []
+    saturated, passed = history.layer("saturated_fraction"), _passed(history)
+    inner = _before_a_layer(history)
+    ill = (saturated > config.saturated_fraction) & (passed < _PASSED) & inner[None, :]
+    known = np.asarray(np.isfinite(saturated).any(axis=1), dtype=np.bool_)
+    patience = 1 if history.info.preflight else config.update_patience
+    episodes = {
+        row: last_episode(ill[:, row], known=known, patience=patience) for row in np.flatnonzero(ill.any(axis=0))
+    }
+    rows = [int(row) for row, episode in episodes.items() if episode is not None and episode.standing]
+    if not rows:
+        return []
+    loss = loss_progress(history)
+    if loss.trend in {Trend.FALLEN, Trend.FALLING}:
+        return []
+    first = min(episode.first for row, episode in episodes.items() if episode is not None and int(row) in rows)
+    return [_finding(history, rows, first, saturated[-1], passed[-1], loss)]
+
+
+def _passed(history: History) -> FloatArray:
+    """Return the gain across each activation over its largest derivative, shape ``[observations, layers]``."""
+    delta, given = history.layer("delta_norm"), history.layer("input_delta_norm")
+    bounds = np.array(history.layers.derivative_bounds, dtype=np.float64)
+    usable = np.isfinite(delta) & np.isfinite(given) & (delta > 0.0)
+    measured = np.where(usable, given, np.nan) / np.where(usable, delta, 1.0)
+    slope = history.layer("derivative_mean")
+    return np.where(np.isnan(measured), slope, measured) / bounds[None, :]
+
+
+def _before_a_layer(history: History) -> BoolArray:
+    roles = history.layers.roles
+    last = max((row for row, role in enumerate(roles) if role in TRUNK_ROLES), default=-1)
+    result: BoolArray = np.arange(len(roles)) < last
+    return result
+
+
+def _finding(
+    history: History, rows: list[int], first: int, saturated: FloatArray, passed: FloatArray, loss: LossProgress
+) -> Finding:
+    steps = history.steps.astype(np.int64)
+    names = tuple(history.layers.names[row] for row in rows)
+    worst = rows[int(np.nanargmax(saturated[rows]))]
+    preflight = history.info.preflight
+    severity = Severity.WARNING if preflight or loss.stuck else Severity.INFO
+    given = history.layer("input_max_abs")[first]
+    known = given[np.isfinite(given)]
+    largest = float(known[0]) if known.size else math.nan
+    by_data = largest > _FAR_INPUT
+    return make_finding(
+        "GG302",
+        severity,
+        f"{percent(float(saturated[worst]))} of the units of {names_text((history.layers.names[worst],))} are "
+        f"saturated, and the gradient passes with {percent(float(passed[worst]))} of the largest derivative.",
+        step=int(steps[first]),
+        last_step=int(steps[-1]),
+        layer=names[0],
+        layers=names,
+        cause=Cause.DATA if by_data else Cause.WEIGHT_SCALE,
+        confidence=0.6 if preflight else 0.75,
+        evidence={
+            "saturated_fraction": Evidence(
+                value=float(saturated[worst]), unit="fraction", note=history.layers.names[worst]
+            ),
+            "activation_gain": Evidence(
+                value=float(passed[worst]) * history.layers.derivative_bounds[worst],
+                unit="ratio",
+                note=f"{history.layers.types[worst]}: at most {history.layers.derivative_bounds[worst]:.3g}",
+            ),
+            "input_max_abs": Evidence(value=largest, note="largest entry of the first layer's input"),
+        },
+        ruled_out=() if by_data or math.isnan(largest) else (_data_ruled_out(largest),),
+    )
+
+
+def _data_ruled_out(largest: float) -> RuledOut:
+    return RuledOut(cause=Cause.DATA, reason=f"largest entry of the input {largest:.2g}")
