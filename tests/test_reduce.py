@@ -19,7 +19,7 @@ def norm_of(tensor: torch.Tensor) -> tuple[float, float]:
     readback = Readback()
     values = dense(tensor)
     assert values is not None
-    norm = queue_norm(readback, values)
+    norm = queue_norm(readback, values, extremes=True)
     readback.fetch()
     return norm.resolve(readback)
 

@@ -170,11 +170,12 @@ def _closest_function(name: str, module: ModuleType) -> str:
 
 def _describe(error: BaseException) -> str:
     """Return the original error with those lines of its traceback that are the user's."""
-    ours = tuple(str(Path(str(module.__file__)).parent) for module in (importlib.import_module("gradguard"), torch))
+    machinery = [Path(str(file)).parent for file in (__file__, torch.__file__, importlib.__file__)]
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((*ours, "<frozen importlib")) and "importlib" not in Path(frame.filename).parts
+        if not frame.filename.startswith("<frozen")
+        and not any(Path(frame.filename).is_relative_to(folder) for folder in machinery)
     ]
     text = "".join(traceback.StackSummary.from_list(frames).format())
     return text + "".join(traceback.format_exception_only(error)).rstrip()

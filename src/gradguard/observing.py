@@ -144,7 +144,7 @@ class Observing:
         self._at_step = total_norm(self._readback, gradients)
         self._at_step_scaled = self._is_scaled(optimizer)
         found = getattr(optimizer, "found_inf", None)
-        self._found_inf = self._readback.put(found) if isinstance(found, torch.Tensor) else None
+        self._found_inf = self._readback.put(found.reshape(())) if isinstance(found, torch.Tensor) else None
 
     def finish(self, index: int | None, step: int, *, batch: int, cost_s: float = math.nan) -> StepRecord | None:
         """Take the update in, transfer once and append a record; ``None`` where nothing was read.
@@ -282,7 +282,7 @@ class Observing:
         scale = next((s for opt in self._optimizers if (s := getattr(opt, "grad_scale", None)) is not None), None)
         if scale is None and self._scaler is not None and self._scaler.is_enabled():
             scale = getattr(self._scaler, "_scale", None)
-        return self._readback.put(scale) if isinstance(scale, torch.Tensor) else None
+        return self._readback.put(scale.detach().reshape(())) if isinstance(scale, torch.Tensor) else None
 
     def _run_info(self, *, preflight: bool) -> RunInfo:
         parameters = [named.parameter for named in find_parameters(self._model)]

@@ -10,9 +10,10 @@ Layer statistics (one number per module and observation; the calls of a module t
 ``delta_norm``              L2 norm of the loss gradient at the module's output (Frobenius norm over the whole tensor);
                             NaN where no gradient arrived, 0 for an exact zero, inf where an entry is NaN or infinite
                             (an overflow of the squares alone is not: the norm is then estimated, and finite).
-``delta_max_abs``           Largest absolute entry of the same gradient; NaN and inf propagate.
+``delta_max_abs``           Upper bound of the largest absolute entry of the same gradient (exact for large tensors,
+                            else the norm); NaN and inf propagate.
 ``input_delta_norm``        L2 norm of the loss gradient at the module's first input tensor; NaN where unknown.
-``input_delta_max_abs``     Largest absolute entry of the same gradient.
+``input_delta_max_abs``     Upper bound of its largest absolute entry, as above.
 ``forward_rms``             Root mean square of the output; inf where an entry is NaN or infinite.
 ``forward_max_abs``         Largest absolute entry of the output; NaN and inf propagate.
 ``input_max_abs``           Largest absolute entry of the input; NaN and inf propagate.
@@ -37,9 +38,10 @@ Parameter statistics (one number per parameter and observation):
 ====================  ================================================================================================
 ``grad_norm``         L2 norm of the accumulated, unscaled gradient before clipping; NaN where ``.grad`` is None,
                       unreadable or another optimizer's; inf where an entry is NaN or infinite.
-``grad_max_abs``      Largest absolute gradient entry; NaN and inf propagate; NaN where ``.grad`` is None.
+``grad_max_abs``      Upper bound of the largest absolute gradient entry (exact for large tensors, else the norm); NaN
+                      and inf propagate; NaN where ``.grad`` is None.
 ``weight_norm``       L2 norm of the parameter before the update; inf where an entry is NaN or infinite.
-``weight_max_abs``    Largest absolute entry of the parameter before the update; NaN and inf propagate.
+``weight_max_abs``    Upper bound of the parameter's largest absolute entry before the update, as above.
 ``update_ratio``      L2 norm of the update over L2 norm of the weight, from at most ``sample_size`` entries; NaN
                       unknown.
 ``moved_fraction``    Share of sampled entries with a non-zero gradient that the step changed, 0..1; NaN unknown.

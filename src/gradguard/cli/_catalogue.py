@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterable
 
@@ -28,7 +29,7 @@ def print_rules(rules: Iterable[Rule], console: Console | None = None) -> None:
         rules: The rules, in the order of the rows.
         console: Where to print; standard output otherwise.
     """
-    console = console if console is not None else Console(highlight=False)
+    console = console if console is not None else _console()
     wide = console.width >= _WIDE
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("code", no_wrap=True, style="cyan")
@@ -56,11 +57,17 @@ def print_explanations(rules: Iterable[Rule], console: Console | None = None) ->
         rules: The rules, in the order of the pages.
         console: Where to print; standard output otherwise.
     """
-    console = console if console is not None else Console(highlight=False)
+    console = console if console is not None else _console()
     for index, rule in enumerate(rules):
         if index:
             console.print("\n")
         _Page(console).print(rule)
+
+
+def _console() -> Console:
+    # rich takes the colours out under NO_COLOR and leaves bold and dim in; plain text means plain text.
+    plain = bool(os.environ.get("NO_COLOR"))
+    return Console(highlight=False, color_system=None if plain else "auto")
 
 
 class _Page:

@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 
 from gradguard.records import FloatArray, LayerTable
 
-__all__ = ["TRUNK_ROLES", "span_decades", "supported_span", "supported_spans", "theil_sen_gain", "trunk"]
+__all__ = [
+    "TRUNK_ROLES",
+    "span_decades",
+    "supported_span",
+    "supported_spans",
+    "theil_sen_gain",
+    "trunk",
+    "weight_layers",
+]
 
 TRUNK_ROLES = frozenset({"affine", "norm", "recurrent", "embedding", "attention"})
 """Roles of the layers that the depth criterion compares: those that hold weights. Activations stand between them."""
@@ -40,6 +48,11 @@ def trunk(table: LayerTable, values: FloatArray) -> NDArray[np.intp]:
     """
     roles = np.array([role in TRUNK_ROLES for role in table.roles], dtype=np.bool_)
     return np.flatnonzero(roles & np.isfinite(values) & (values > 0.0))
+
+
+def weight_layers(table: LayerTable, rows: NDArray[np.intp]) -> list[int]:
+    """Return the trunk rows that readers call layers: without normalization, unless there is nothing else."""
+    return [int(row) for row in rows if table.roles[row] != "norm"] or [int(row) for row in rows]
 
 
 def span_decades(delta: FloatArray, *, minimum_layers: int = 6) -> float:

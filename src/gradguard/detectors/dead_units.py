@@ -48,18 +48,16 @@ def find_dead_units(history: History, config: GuardConfig) -> Sequence[Finding]:
     dead, inactive = unit_shares(history, "dead_fraction"), unit_shares(history, "inactive_fraction")
     if not np.isfinite(inactive).any() and not np.isfinite(dead).any():
         return []
-    proven = _largest(dead)
-    episodes = [
-        _episode(history, config, proven > config.dead_fraction_error, ~np.isnan(proven)),
-        _early_episode(history, config, inactive, proven),
-        _episode(history, config, proven > config.dead_fraction_warning, ~np.isnan(proven), lasting=True),
-    ]
-    standing = next((e for e in episodes if e is not None and e.standing), None)
-    episode = standing if standing is not None else next((e for e in episodes if e is not None), None)
-    if episode is None:
+    proven, seen = _largest(dead), _largest(inactive)
+    early = (seen > config.dead_fraction_error) & ~_settled(history, config, proven)
+    severe = last_episode(early | (proven > config.dead_fraction_error), known=~(np.isnan(seen) & np.isnan(proven)))
+    mild = _lasting(history, config, last_episode(proven > config.dead_fraction_warning, known=~np.isnan(proven)))
+    found = [episode for episode in (severe, mild) if episode is not None]
+    if not found:
         return []
-    shares = np.where(np.isnan(dead), inactive, dead) if episode is episodes[1] else dead
-    return [_finding(history, config, episode, shares, early=episode is episodes[1])]
+    episode = next((e for e in found if e.standing), found[0])
+    is_early = bool(early[episode.last])
+    return [_finding(history, config, episode, inactive if is_early else dead, early=is_early)]
 
 
 def unit_shares(history: History, name: str) -> FloatArray:
@@ -81,22 +79,19 @@ def _largest(shares: FloatArray) -> FloatArray:
     return result
 
 
-def _episode(
-    history: History, config: GuardConfig, mask: BoolArray, known: BoolArray, *, lasting: bool = False
-) -> Episode | None:
-    episode = last_episode(mask, known=known)
-    if episode is None or not lasting:
-        return episode
+def _lasting(history: History, config: GuardConfig, episode: Episode | None) -> Episode | None:
+    if episode is None:
+        return None
     lasted = history.steps[episode.last] - history.steps[episode.first]
     return episode if lasted >= config.dead_patience_steps else None
 
 
-def _early_episode(history: History, config: GuardConfig, inactive: FloatArray, proven: FloatArray) -> Episode | None:
-    """Look at inactive units until the first dead ones could have been proven."""
-    shares = _largest(inactive)
-    settled = (history.steps - history.steps[0] >= config.dead_patience_steps) & ~np.isnan(proven)
-    settled &= not history.info.preflight
-    return last_episode((shares > config.dead_fraction_error) & ~settled, known=~np.isnan(shares))
+def _settled(history: History, config: GuardConfig, proven: FloatArray) -> BoolArray:
+    """Return the observations by which dead units could have been proven, were there any."""
+    if history.info.preflight:
+        return np.zeros(len(history), dtype=np.bool_)
+    enough = history.steps - history.steps[0] >= config.dead_patience_steps
+    return np.asarray(enough & ~np.isnan(proven), dtype=np.bool_)
 
 
 def _severity(

@@ -10,7 +10,15 @@ import numpy as np
 
 from gradguard.config import GuardConfig
 from gradguard.detectors._culprit import Explanation, explain_depth
-from gradguard.detectors._depth import TRUNK_ROLES, span_decades, supported_span, supported_spans, theil_sen_gain, trunk
+from gradguard.detectors._depth import (
+    TRUNK_ROLES,
+    span_decades,
+    supported_span,
+    supported_spans,
+    theil_sen_gain,
+    trunk,
+    weight_layers,
+)
 from gradguard.detectors._episodes import BoolArray, Episode, last_episode
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import LossProgress, Trend, loss_progress
@@ -180,7 +188,7 @@ def _finding(run: _Run, code: str, episode: Episode, severity: Severity, loss: L
     rows = trunk(record.layers, delta)
     span = float(run.spans[shown])
     explained = explain_depth(record, rows, span)
-    layers = [int(i) for i in rows if record.layers.roles[i] != "norm"] or [int(i) for i in rows]
+    layers = weight_layers(record.layers, rows)
     gain = theil_sen_gain(delta[layers])
     evidence = {
         "span": Evidence(value=span, unit="decades", note=f"a warning beyond {run.config.span_warning:g}"),

@@ -28,30 +28,45 @@ _RELIABLE_L2 = 1e-18
 """Below this a float32 L2 norm may have lost entries whose squares underflow (smallest subnormal 1e-45)."""
 
 Handle = tuple[str, int]
-"""Where a queued number will be found after the transfer: device and position."""
+"""Where a queued number will be found after the transfer: queue and position."""
 
 
 class Readback:
     """Numbers waiting on their devices to be fetched together, one transfer per device."""
 
     def __init__(self) -> None:
-        self._pieces: dict[str, list[Tensor]] = {}
+        self._scalars: dict[str, list[Tensor]] = {}
+        self._vectors: dict[str, list[Tensor]] = {}
         self._sizes: dict[str, int] = {}
         self._values: dict[str, list[float]] = {}
 
     def put(self, value: Tensor) -> Handle:
-        """Queue a 0-d or 1-d tensor; the handle points at its first entry."""
-        device = str(value.device)
-        position = self._sizes.get(device, 0)
-        self._pieces.setdefault(device, []).append(value.detach().reshape(-1))
-        self._sizes[device] = position + value.numel()
-        return device, position
+        """Queue a tensor without dimensions, without a kernel."""
+        queue = self._scalars.setdefault(f"{value.device} {value.dtype}", [])
+        queue.append(value)
+        return f"{value.device} {value.dtype}", len(queue) - 1
+
+    def put_vector(self, value: Tensor) -> Handle:
+        """Queue a 1-d tensor; the handle points at its first entry."""
+        key = f"{value.device} {value.dtype} vectors"
+        position = self._sizes.get(key, 0)
+        self._vectors.setdefault(key, []).append(value)
+        self._sizes[key] = position + value.numel()
+        return key, position
 
     def fetch(self) -> None:
         """Bring everything queued so far to the host."""
-        for device, pieces in self._pieces.items():
-            self._values[device] = torch.cat(pieces).tolist()
-        self._pieces = {}
+        parts = {key: torch.stack(queue) for key, queue in self._scalars.items()}
+        parts.update({key: torch.cat(queue) for key, queue in self._vectors.items()})
+        devices: dict[torch.device, list[str]] = {}
+        for key, part in parts.items():
+            devices.setdefault(part.device, []).append(key)
+        for keys in devices.values():
+            fetched = torch.cat([parts[key] for key in keys]).tolist()
+            for key in keys:
+                size = parts[key].numel()
+                self._values[key], fetched = fetched[:size], fetched[size:]
+        self._scalars, self._vectors = {}, {}
 
     def value(self, handle: Handle, offset: int = 0) -> float:
         """Return a fetched number.
@@ -59,38 +74,47 @@ class Readback:
         Raises:
             KeyError: If :meth:`fetch` was not called yet.
         """
-        device, position = handle
-        return float(self._values[device][position + offset])
+        key, position = handle
+        return float(self._values[key][position + offset])
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """Handles of one tensor's L2 norm and extreme entries, and how to combine them."""
+    """Where one tensor's L2 norm and extreme entries wait, and how to combine them.
 
-    l2: Handle
-    low_high: Handle
+    Without extremes the L2 norm was taken in float64, whose range no square of a float32 leaves: it is then infinite or
+    NaN only where an entry is.
+    """
+
     numel: int
+    l2: Handle | None = None
+    extremes: tuple[Handle, Handle] | None = None
     sample_l2: Handle | None = None
     sample_numel: int = 0
-    low_high_offset: int = 1
 
     def resolve(self, readback: Readback) -> tuple[float, float]:
         """Return the L2 norm and the largest absolute entry; with a NaN or inf the entry is that, and the norm inf.
 
-        A finite tensor whose squares leave the range of float32 gets its L2 norm from a float64 subsample, scaled by
-        the square root of the sizes' ratio; it is then an estimate, never a false 0 or inf.
+        Where no extremes were queued the L2 norm stands for the entry, as its upper bound. A finite tensor whose
+        squares leave the range of float32 gets its L2 norm from a float64 subsample, scaled by the square root of the
+        sizes' ratio; it is then an estimate, never a false 0 or inf.
         """
+        if self.l2 is None:
+            return 0.0, 0.0
         l2 = readback.value(self.l2)
-        low, high = readback.value(self.low_high), readback.value(self.low_high, self.low_high_offset)
-        largest = math.nan if math.isnan(low) or math.isnan(high) else max(abs(low), abs(high))
-        if not math.isfinite(largest):
+        if self.extremes is None:
+            return (l2 if math.isfinite(l2) else math.inf), l2
+        low, high = (readback.value(handle) for handle in self.extremes)
+        if math.isnan(low) or math.isnan(high):
+            return math.inf, math.nan
+        largest = max(abs(low), abs(high))
+        if math.isinf(largest):
             return math.inf, largest
-        if (l2 < _RELIABLE_L2 or not math.isfinite(l2)) and largest > 0.0:
-            estimate = math.nan
+        if (l2 < _RELIABLE_L2 or not math.isfinite(l2)) and largest > 0.0 and self.sample_numel:
+            estimate = 0.0
             if self.sample_l2 is not None:
                 estimate = readback.value(self.sample_l2) * math.sqrt(self.numel / self.sample_numel)
-            exact = self.sample_l2 is None and math.isfinite(l2) and l2 > 0.0
-            l2 = l2 if exact else max(estimate if math.isfinite(estimate) else 0.0, largest)
+            l2 = max(estimate, largest)
         return l2, largest
 
 
@@ -128,13 +152,25 @@ def _flat_view(tensor: Tensor) -> Tensor | None:
     return None
 
 
-def queue_norm(readback: Readback, tensor: Tensor) -> Norm:
-    """Queue the norm of one dense real tensor (see :func:`dense`)."""
-    return queue_norms(readback, [tensor])[0]
+def queue_norm(readback: Readback, tensor: Tensor, *, extremes: bool = False) -> Norm:
+    """Queue the norm of one dense real tensor (see :func:`dense`).
+
+    Args:
+        readback: Where the numbers wait.
+        tensor: Dense real floating-point tensor.
+        extremes: Whether the largest entry is wanted exactly, not only bounded by the norm.
+    """
+    numel = tensor.numel()
+    if numel == 0:
+        return Norm(0)
+    if numel > _EXACT_ENTRIES:
+        return _large_norm(readback, tensor)
+    l2 = readback.put(torch.linalg.vector_norm(tensor, dtype=_wide(tensor)))
+    return Norm(numel, l2, _put_extremes(readback, tensor) if extremes or tensor.device.type == "mps" else None)
 
 
 def queue_norms(readback: Readback, tensors: Sequence[Tensor]) -> list[Norm]:
-    """Queue the norms of many dense real tensors; on one device the L2 norms are one fused pass.
+    """Queue the norms of many dense real tensors; the small ones of a device are one fused pass.
 
     Args:
         readback: Where the numbers wait.
@@ -143,35 +179,27 @@ def queue_norms(readback: Readback, tensors: Sequence[Tensor]) -> list[Norm]:
     Returns:
         One :class:`Norm` per tensor, in order.
     """
-    small = [t for t in tensors if 0 < t.numel() <= _EXACT_ENTRIES]
-    exact = iter(_fused_l2(small, wide=True))
-    norms = []
-    for tensor in tensors:
-        if tensor.numel() == 0:
-            zero = readback.put(tensor.new_zeros(1, dtype=torch.float32))
-            norms.append(Norm(l2=zero, low_high=zero, numel=0, low_high_offset=0))
-        elif tensor.numel() <= _EXACT_ENTRIES:
-            norms.append(_with_extremes(readback, tensor, next(exact)))
+    norms: list[Norm | None] = [None] * len(tensors)
+    small: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if 0 < tensor.numel() <= _EXACT_ENTRIES and tensor.device.type != "mps":
+            small.setdefault(tensor.device, []).append(index)
         else:
-            norms.append(_large_norm(readback, tensor))
-    return norms
+            norms[index] = queue_norm(readback, tensor)
+    for indices in small.values():
+        fused = torch._foreach_norm([tensors[index] for index in indices], 2, dtype=torch.float64)
+        for index, l2 in zip(indices, fused, strict=True):
+            norms[index] = Norm(tensors[index].numel(), readback.put(l2))
+    return [norm for norm in norms if norm is not None]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def _fused_l2(tensors: Sequence[Tensor], *, wide: bool) -> list[Tensor]:
-    if not tensors:
-        return []
-    if len({t.device for t in tensors}) > 1:
-        return [torch.linalg.vector_norm(t, dtype=_wide(t) if wide else None) for t in tensors]
-    return list(torch._foreach_norm(list(tensors), 2, dtype=_wide(tensors[0]) if wide else None))
-
-
-def _with_extremes(readback: Readback, tensor: Tensor, l2: Tensor) -> Norm:
-    low_high = readback.put(torch.stack(torch.aminmax(tensor)))
-    return Norm(l2=readback.put(l2), low_high=low_high, numel=tensor.numel())
+def _put_extremes(readback: Readback, tensor: Tensor) -> tuple[Handle, Handle]:
+    low, high = torch.aminmax(tensor)
+    return readback.put(low), readback.put(high)
 
 
 def _large_norm(readback: Readback, tensor: Tensor) -> Norm:
@@ -181,14 +209,11 @@ def _large_norm(readback: Readback, tensor: Tensor) -> Norm:
         l2 = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=torch.float32) for p in pieces]))
     else:
         l2 = torch.linalg.vector_norm(tensor)
-    norm = _with_extremes(readback, tensor, l2)
     sample = subsample(tensor, _EXACT_ENTRIES)
-    if sample is None:
-        return norm
     return Norm(
-        l2=norm.l2,
-        low_high=norm.low_high,
-        numel=norm.numel,
-        sample_l2=readback.put(torch.linalg.vector_norm(sample, dtype=_wide(sample))),
-        sample_numel=sample.numel(),
+        tensor.numel(),
+        readback.put(l2),
+        _put_extremes(readback, tensor),
+        None if sample is None else readback.put(torch.linalg.vector_norm(sample, dtype=_wide(sample))),
+        tensor.numel() if sample is None else sample.numel(),
     )

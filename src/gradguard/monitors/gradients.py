@@ -84,8 +84,7 @@ class GradientMonitor:
         self._gradients: dict[int, Norm] = {}
         self._weights: dict[int, Norm] = {}
         self._samples: list[_Samples] = []
-        self._updates: dict[int, tuple[Handle, Handle]] = {}
-        self._moved: dict[int, tuple[Handle, Handle]] = {}
+        self._updates: list[tuple[list[int], Handle]] = []
         self._facts: list[tuple[float, float, float, float]] = []
         self._lr_handles: dict[int, Handle] = {}
         self.arrived = 0
@@ -126,13 +125,13 @@ class GradientMonitor:
             in_optimizer = groups is None or key in groups
             lr = math.nan if groups is None or key not in groups else groups[key].get("lr", math.nan)
             if isinstance(lr, torch.Tensor):
-                self._lr_handles[row] = readback.put(lr.detach())
+                self._lr_handles[row] = readback.put(lr.detach().reshape(()))
                 lr = math.nan
             self._facts.append(
                 (float(trainable), float(in_optimizer), float(lr), float(trainable and gradient is None))
             )
         self._samples = list(self._take_samples(gradients)) if sample else []
-        self._updates, self._moved = {}, {}
+        self._updates = []
 
     def read_update(self, readback: Readback) -> None:
         """Queue how far the sampled entries moved; call after the optimizer step."""
@@ -144,13 +143,11 @@ class GradientMonitor:
             change = after - samples.before
             live = samples.gradients != 0
             moved = (change != 0) & live
-            columns = [
-                torch._foreach_norm(list(column.split(samples.sizes)), order)
+            sums = [
+                torch.stack(torch._foreach_norm(list(column.split(samples.sizes)), order))
                 for column, order in ((change, 2), (samples.before, 2), (moved.float(), 1), (live.float(), 1))
             ]
-            for row, update, weight, stirred, due in zip(samples.rows, *columns, strict=True):
-                self._updates[row] = (readback.put(update), readback.put(weight))
-                self._moved[row] = (readback.put(stirred), readback.put(due))
+            self._updates.append((samples.rows, readback.put_vector(torch.cat(sums))))
 
     def columns(
         self, readback: Readback, *, scale: float, mine: FloatArray, others: FloatArray
@@ -172,12 +169,11 @@ class GradientMonitor:
             for row, norm in norms.items():
                 l2, largest = norm.resolve(readback)
                 columns[names[0]][row], columns[names[1]][row] = l2 * factor, largest * factor
-        for row, (update, weight) in self._updates.items():
-            size = readback.value(weight)
-            columns["update_ratio"][row] = readback.value(update) / size if size > 0.0 else math.nan
-        for row, (stirred, due) in self._moved.items():
-            total = readback.value(due)
-            columns["moved_fraction"][row] = readback.value(stirred) / total if total > 0.0 else math.nan
+        for rows, handle in self._updates:
+            for offset, row in enumerate(rows):
+                update, weight, stirred, live = (readback.value(handle, offset + k * len(rows)) for k in range(4))
+                columns["update_ratio"][row] = update / weight if weight > 0.0 else math.nan
+                columns["moved_fraction"][row] = stirred / live if live > 0.0 else math.nan
         for name, column in zip(
             ("trainable", "in_optimizer", "lr", "absent"), zip(*self._facts, strict=True), strict=True
         ):

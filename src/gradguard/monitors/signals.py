@@ -249,7 +249,7 @@ class SignalMonitor:
         values = dense(tensor)
         if in_place or values is None:
             return None
-        norm = queue_norm(self._readback, values)
+        norm = queue_norm(self._readback, values, extremes=True)
         row.inputs.append(norm)
         slot = self._listen(tensor) if tensor.requires_grad else None
         axis = row.info.unit_axis
@@ -271,7 +271,7 @@ class SignalMonitor:
         values = dense(tensor)
         if values is None:
             return
-        norm = queue_norm(self._readback, values)
+        norm = queue_norm(self._readback, values, extremes=True)
         row.forward.append(norm)
         slot = self._listen(tensor) if tensor.requires_grad else None
         if slot is not None:

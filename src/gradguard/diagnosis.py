@@ -1,0 +1,347 @@
+"""Findings to a Diagnosis: one illness first, what follows from it below, and a verdict in one sentence."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gradguard.config import GuardConfig
+from gradguard.detectors._depth import TRUNK_ROLES, trunk, weight_layers
+from gradguard.detectors._loss import loss_progress
+from gradguard.detectors._numbers import column, signal
+from gradguard.detectors._updates import matrix_ratios, ratio_quantile
+from gradguard.detectors.dead_units import unit_shares
+from gradguard.detectors.depth import observed_spans
+from gradguard.findings import Cause, Diagnosis, Finding, LayerProfile, RunSummary, Severity, Unobserved
+from gradguard.history import History
+from gradguard.records import FloatArray, StepRecord
+
+__all__ = ["diagnose", "link_findings"]
+
+_NON_FINITE = frozenset({"GG201", "GG202", "GG203", "GG204"})
+
+_ORDER = ("GG201", "GG101", "GG102", "GG104", "GG501", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG502")
+"""Which of two findings that began at the same step may explain the other: the earlier one in this row. Dead layers
+that are an error come right after a non-finite input."""
+
+_FOLLOWS = {
+    "GG201": _NON_FINITE | {"GG101", "GG102", "GG104", "GG301", "GG302", "GG501", "GG502", "GG503"},
+    "GG202": _NON_FINITE | {"GG101", "GG102", "GG104", "GG301", "GG302", "GG501", "GG502", "GG503"},
+    "GG203": _NON_FINITE | {"GG101", "GG102", "GG104", "GG301", "GG302", "GG501", "GG502", "GG503"},
+    "GG204": _NON_FINITE | {"GG101", "GG102", "GG104", "GG301", "GG302", "GG501", "GG502", "GG503"},
+    "GG101": frozenset({"GG301", "GG302", "GG501", "GG502", "GG503"}),
+    "GG102": frozenset({"GG202", "GG203", "GG204", "GG301", "GG302", "GG501"}),
+    "GG104": frozenset({"GG502", "GG503"}),
+    "GG301": frozenset({"GG101", "GG104", "GG501", "GG502", "GG503"}),
+    "GG302": frozenset({"GG104", "GG502", "GG503"}),
+    "GG501": frozenset({"GG101", "GG102", "GG104", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503"}),
+    "GG503": frozenset({"GG502"}),
+}
+"""What each illness can bring about, where it came first. Source: ours, architecture.md, section 2."""
+
+_CAUSES = {
+    Cause.WEIGHT_SCALE: "the scale of the weights",
+    Cause.NORMALIZATION: "the normalization layers",
+    Cause.DEAD_UNITS: "dead units",
+    Cause.SATURATION: "saturated units",
+    Cause.LEARNING_RATE: "the learning rate",
+    Cause.DATA: "the input data",
+    Cause.PRECISION: "numeric precision",
+    Cause.LOSS: "the loss function",
+    Cause.OPERATION: "a numerically unsafe operation",
+}
+
+
+def diagnose(
+    history: History,
+    findings: Sequence[Finding],
+    *,
+    unobserved: Sequence[Unobserved] = (),
+    overhead: float = math.nan,
+    batches: int = 0,
+    steps: int = 0,
+    config: GuardConfig | None = None,
+) -> Diagnosis:
+    """Turn findings into a verdict.
+
+    Args:
+        history: What was observed, of all optimizers.
+        findings: What the detectors say about it, in any order.
+        unobserved: What could not be measured, and why.
+        overhead: Share of wall time spent observing, 0 to 1, NaN where unknown.
+        batches: Backward passes seen.
+        steps: Optimizer steps taken, over all optimizers.
+        config: Thresholds; defaults otherwise.
+
+    Returns:
+        The diagnosis. Its findings stand root cause first, each followed by what it explains; what has cleared comes
+        last. It is ``sufficient`` where every optimizer that stepped was observed ``minimum_observations`` times (a
+        check: once) with gradients, at least some of them at the outputs of layers.
+    """
+    settings = config if config is not None else GuardConfig()
+    linked = link_findings(findings)
+    part = _shown_part(history, linked)
+    reason = _too_little(history, settings, batches=batches, steps=steps)
+    summary = _summary(history, part, settings, overhead=overhead, batches=batches, steps=steps)
+    diagnosis = Diagnosis(
+        findings=linked,
+        verdict="",
+        observations=history.observations,
+        sufficient=not reason,
+        unobserved=tuple(unobserved),
+        layers=_profile(part, linked),
+        summary=summary,
+    )
+    return replace(diagnosis, verdict=_verdict(diagnosis, history, settings, reason))
+
+
+def link_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Order findings cause first, and name the cause of each that another explains.
+
+    Only a standing finding at ``WARNING`` or above can explain others, and only what began no earlier than itself. It
+    becomes as severe as the worst that follows from it.
+
+    Args:
+        findings: Findings in any order.
+    """
+    standing = sorted((f for f in findings if f.standing), key=_seniority)
+    cleared = sorted((f for f in findings if not f.standing), key=lambda f: f.step)
+    parents: dict[int, int] = {}
+    for index, finding in enumerate(standing):
+        parent = next((i for i in range(index) if _explains(standing[i], finding)), None)
+        if parent is not None:
+            parents[index] = parent
+    worst = [finding.severity for finding in standing]
+    for index in reversed(range(len(standing))):
+        if index in parents:
+            worst[parents[index]] = max(worst[parents[index]], worst[index])
+    named = [
+        replace(
+            finding,
+            severity=worst[index],
+            consequence_of=standing[parents[index]].code if index in parents else finding.consequence_of,
+        )
+        for index, finding in enumerate(standing)
+    ]
+    roots = sorted((i for i in range(len(named)) if i not in parents), key=lambda i: (-named[i].severity, i))
+    ordered = [named[i] for root in roots for i in _family(root, parents)]
+    return (*ordered, *cleared)
+
+
+def _seniority(finding: Finding) -> tuple[int, int, int]:
+    """Sort by beginning; among equals by what can explain what."""
+    rank = _ORDER.index(finding.code) if finding.code in _ORDER else len(_ORDER)
+    if finding.code == "GG301" and finding.severity >= Severity.ERROR:
+        rank = 0
+    return finding.step, rank, -finding.severity
+
+
+def _explains(root: Finding, other: Finding) -> bool:
+    if root.severity < Severity.WARNING or other.code not in _FOLLOWS.get(root.code, frozenset()):
+        return False
+    both_non_finite = root.code in _NON_FINITE and other.code in _NON_FINITE
+    if root.optimizer != other.optimizer and not both_non_finite:
+        return False
+    if root.code in {"GG102", "GG501"} and other.cause is Cause.DATA:
+        return False
+    if root.code == "GG101" and other.code == "GG503":
+        return other.cause is Cause.PRECISION
+    return not (root.code == "GG301" and root.severity < Severity.ERROR)
+
+
+def _family(root: int, parents: dict[int, int]) -> list[int]:
+    """Return a root and everything that follows from it, each after its own cause."""
+    members = [root]
+    for index in sorted(parents):
+        if parents[index] == root:
+            members.extend(_family(index, parents))
+    return members
+
+
+def _shown_part(history: History, findings: Sequence[Finding]) -> History:
+    """Return the part whose layers and numbers the report shows: that of the primary's optimizer, else the fullest."""
+    parts = history.split()
+    if len(parts) == 1:
+        return parts[0]
+    primary = next((f for f in findings if f.standing and f.severity >= Severity.WARNING), None)
+    labels = [optimizer.label for optimizer in history.info.optimizers]
+    if primary is not None and primary.optimizer in labels:
+        index = labels.index(primary.optimizer)
+        return next((part for part in parts if part.optimizer == index), parts[0])
+    return max(parts, key=lambda part: int(np.isfinite(part.layer("delta_norm")[-1:]).sum()))
+
+
+def _too_little(history: History, config: GuardConfig, *, batches: int, steps: int) -> str:
+    """Return why nothing can be said, empty where enough was observed."""
+    preflight = history.info.preflight
+    if not len(history):
+        return _nothing_observed(preflight=preflight, batches=batches, steps=steps)
+    read = [int((~np.isnan(part.parameter("grad_norm"))).any(axis=1).sum()) for part in history.split() if len(part)]
+    if max(read) == 0:
+        return (
+            f"{len(history)} observations, and no parameter had a gradient at any of them. They were read "
+            "too early or too "
+            "late: call guard.record(loss=loss) after backward() and before zero_grad()."
+        )
+    needed = 1 if preflight else config.minimum_observations
+    if min(read) < needed:
+        made = f"{min(read)} observation{'s' if min(read) != 1 else ''} with gradients, over {steps} optimizer steps"
+        return f"{made}: at least {needed} are needed to call a run healthy."
+    if not (~np.isnan(history.layer("delta_norm"))).any():
+        return (
+            "Gradients of parameters were read, none at the output of a layer: enough to find non-finite numbers and "
+            "missing updates, not to call the gradient flow healthy."
+        )
+    return ""
+
+
+def _nothing_observed(*, preflight: bool, batches: int, steps: int) -> str:
+    if preflight:
+        return "The check read no gradient."
+    if steps:
+        return (
+            f"{steps} optimizer steps seen, and no gradient at any of them. Call guard.record(loss=loss) "
+            "after backward() and "
+            "before zero_grad()."
+        )
+    if batches:
+        passes = f"{batches} backward pass{'es' if batches != 1 else ''}"
+        return (
+            f"0 optimizer steps seen after {passes}. Pass the optimizer that updates this model to "
+            "gradguard.watch, or call "
+            "guard.step() after each update."
+        )
+    return "Nothing was observed: no backward pass and no optimizer step was seen."
+
+
+def _verdict(diagnosis: Diagnosis, history: History, config: GuardConfig, reason: str) -> str:
+    primary = diagnosis.primary
+    if primary is not None:
+        return primary.message + _cause_text(primary)
+    if reason:
+        return reason
+    summary = diagnosis.summary
+    seen = f"{summary.steps} steps, {diagnosis.observations} observed."
+    if history.info.preflight:
+        seen = "One forward and one backward pass."
+    if math.isnan(summary.span_decades):
+        return f"{seen} Gradients arrive and are finite. Nothing to do."
+    limit = f"{abs(summary.span_decades):.1f} decades; {config.span_warning:g} would worry us"
+    return f"{seen} The gradient keeps its size through {summary.layer_count} layers ({limit}). Nothing to do."
+
+
+def _cause_text(finding: Finding) -> str:
+    if finding.code in {"GG501", "GG502"}:
+        return ""
+    activation = finding.evidence.get("activation")
+    if finding.cause is Cause.ACTIVATION_DERIVATIVE:
+        return f" Cause: {activation.value} derivatives." if activation else " Cause: the activation's derivative."
+    return f" Cause: {_CAUSES[finding.cause]}." if finding.cause in _CAUSES else ""
+
+
+def _profile(part: History, findings: Sequence[Finding]) -> tuple[LayerProfile, ...]:
+    """Return the layers as the newest observation that saw gradients has them."""
+    records = part.records
+    record = next((r for r in reversed(records) if not np.isnan(signal(r)).all()), records[-1] if records else None)
+    if record is None:
+        return ()
+    table, delta = record.layers, signal(record)
+    rows = [int(row) for row in trunk(table, delta)]
+    gains = {row: float(delta[before] / delta[row]) for before, row in itertools.pairwise(rows)}
+    marks = _marks(record, findings)
+    active = _active_fractions(record)
+    forward = column(record, "forward_rms")
+    return tuple(
+        LayerProfile(
+            name=name,
+            kind=table.kinds[row],
+            role=table.roles[row],
+            delta_norm=float(delta[row]),
+            gain=gains.get(row, math.nan),
+            forward_rms=float(forward[row]),
+            active_fraction=float(active[row]),
+            trunk=table.roles[row] in TRUNK_ROLES,
+            mark=marks.get(name, ""),
+        )
+        for row, name in enumerate(table.names)
+    )
+
+
+def _marks(record: StepRecord, findings: Sequence[Finding]) -> dict[str, str]:
+    """Return the code of the first standing finding whose culprit a layer is, by layer."""
+    owners = dict(zip(record.parameters.names, record.parameters.layers, strict=True))
+    marks: dict[str, str] = {}
+    for finding in findings:
+        if finding.standing and finding.layer is not None:
+            marks.setdefault(owners.get(finding.layer, finding.layer), finding.code)
+    return marks
+
+
+def _active_fractions(record: StepRecord) -> FloatArray:
+    """Return the share of active units per row; a layer with weights takes that of the activation behind it."""
+    own = 1.0 - column(record, "inactive_fraction")
+    behind = 1.0 - column(record, "input_inactive_fraction")
+    active = own.copy()
+    following = math.nan
+    for row in range(len(own) - 1, -1, -1):
+        role = record.layers.roles[row]
+        if role == "activation":
+            following = float(own[row])
+        elif role in TRUNK_ROLES:
+            active[row] = following
+            following = float(behind[row]) if role != "norm" else following
+    return active
+
+
+def _summary(
+    history: History, part: History, config: GuardConfig, *, overhead: float, batches: int, steps: int
+) -> RunSummary:
+    loss = loss_progress(history)
+    norms = part.scalar("grad_norm")
+    norms = norms[np.isfinite(norms)]
+    low, middle, high = np.percentile(norms, [5, 50, 95]) if norms.size else (math.nan, math.nan, math.nan)
+    spans = observed_spans(part, config) if len(part) else np.array([])
+    ratio = ratio_quantile(matrix_ratios(part), 0.5)[-1:] if len(part) else np.array([])
+    share, layer = _dead(part)
+    before_clipping = history.scalar("read_before_clipping")
+    return RunSummary(
+        kind="check" if history.info.preflight else "run",
+        steps=steps,
+        batches=batches,
+        layer_count=_layer_count(part),
+        parameter_count=history.info.parameter_count,
+        optimizers=tuple(optimizer.name for optimizer in history.info.optimizers),
+        loss_first=loss.first,
+        loss_last=loss.last,
+        grad_norm_median=float(middle),
+        grad_norm_p5=float(low),
+        grad_norm_p95=float(high),
+        update_ratio_log10=math.log10(ratio[0]) if ratio.size and ratio[0] > 0.0 else math.nan,
+        span_decades=float(spans[-1]) if spans.size else math.nan,
+        dead_fraction=share,
+        dead_layer=layer,
+        overhead_fraction=overhead,
+        clip_known=not bool((before_clipping == 0.0).any()),
+    )
+
+
+def _layer_count(part: History) -> int:
+    if not len(part):
+        return 0
+    record = part.records[-1]
+    return len(weight_layers(record.layers, trunk(record.layers, signal(record))))
+
+
+def _dead(part: History) -> tuple[float, str]:
+    """Return the largest share of dead units at the last observation (a check: of inactive ones), and its layer."""
+    if not len(part):
+        return math.nan, ""
+    shares = unit_shares(part, "inactive_fraction" if part.info.preflight else "dead_fraction")[-1]
+    if not np.isfinite(shares).any():
+        return math.nan, ""
+    row = int(np.nanargmax(shares))
+    return float(shares[row]), part.layers.names[row]

@@ -1,0 +1,381 @@
+"""Prescriptions: for each finding and cause the cures to try, best first, as data. Nothing here acts.
+
+Each comes with a reason, lines of plain PyTorch to paste, and a source. The lines use ``model``, ``optimizer`` and the
+names of a usual training loop. Nobody has tried them yet: ``effect`` is ``None`` until a trial measures it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from gradguard.findings import Cause, Diagnosis, Finding, Prescription
+
+__all__ = ["prescribe", "prescriptions_for"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Remedy:
+    """A remedy's texts; names in braces (layer, parameter, activation, factor) are filled in from the finding."""
+
+    reason: str
+    code: str
+    reference: str
+
+
+_HE = "He, Zhang, Ren, Sun (2015), Delving Deep into Rectifiers, ICCV, arXiv 1502.01852"
+_GLOROT = "Glorot, Bengio (2010), Understanding the difficulty of training deep feedforward neural networks, AISTATS"
+_RESNET = "He, Zhang, Ren, Sun (2016), Deep Residual Learning for Image Recognition, CVPR, arXiv 1512.03385"
+_BATCH_NORM = "Ioffe, Szegedy (2015), Batch Normalization, ICML, arXiv 1502.03167"
+_LAYER_NORM = "Ba, Kiros, Hinton (2016), Layer Normalization, arXiv 1607.06450"
+_PASCANU = (
+    "Pascanu, Mikolov, Bengio (2013), On the difficulty of training recurrent neural networks, ICML, arXiv 1211.5063"
+)
+_WARM_UP = "Goyal et al. (2017), Accurate, Large Minibatch SGD, section 2.2, arXiv 1706.02677"
+_RATIO = "Karpathy, CS231n notes, Neural networks part 3: ratio of update to weight magnitudes about 1e-3"
+_AUTOGRAD = "PyTorch documentation, Autograd mechanics"
+_LECUN = "LeCun, Bottou, Orr, Mueller (1998), Efficient BackProp, section 4.3"
+
+_REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
+    {
+        "he-initialization": _Remedy(
+            reason="Weights of variance 2/fan_in keep the size of signal and gradient from layer to layer under ReLU.",
+            code=(
+                "for layer in model.modules():\n"
+                "    if isinstance(layer, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):\n"
+                '        torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")\n'
+                "        if layer.bias is not None:\n"
+                "            torch.nn.init.zeros_(layer.bias)"
+            ),
+            reference=_HE,
+        ),
+        "xavier-initialization": _Remedy(
+            reason=(
+                "Weights of variance 2/(fan_in + fan_out) keep tanh units in their linear range and the "
+                "gradient's size."
+            ),
+            code=(
+                "for layer in model.modules():\n"
+                "    if isinstance(layer, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):\n"
+                "        torch.nn.init.xavier_normal_(layer.weight)\n"
+                "        if layer.bias is not None:\n"
+                "            torch.nn.init.zeros_(layer.bias)"
+            ),
+            reference=_GLOROT,
+        ),
+        "layer-norm": _Remedy(
+            reason=(
+                "LayerNorm before each activation sets the scale anew at every layer, so that no loss of size "
+                "is passed on."
+            ),
+            code=(
+                "def layer(width: int) -> torch.nn.Module:\n"
+                "    return torch.nn.Sequential(\n"
+                "        torch.nn.Linear(width, width), torch.nn.LayerNorm(width), torch.nn.{activation}()\n"
+                "    )"
+            ),
+            reference=_LAYER_NORM,
+        ),
+        "batch-norm": _Remedy(
+            reason=(
+                "BatchNorm before each activation centres and scales every unit over the batch, where the slope "
+                "is largest."
+            ),
+            code=(
+                "def layer(width: int) -> torch.nn.Module:\n"
+                "    return torch.nn.Sequential(\n"
+                "        torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.{activation}()\n"
+                "    )"
+            ),
+            reference=_BATCH_NORM,
+        ),
+        "residual": _Remedy(
+            reason="An identity path around each block carries the gradient past what shrinks or amplifies it.",
+            code=(
+                "class Residual(torch.nn.Module):\n"
+                "    def __init__(self, block: torch.nn.Module) -> None:\n"
+                "        super().__init__()\n"
+                "        self.block = block\n"
+                "\n"
+                "    def forward(self, x: torch.Tensor) -> torch.Tensor:\n"
+                "        return x + self.block(x)"
+            ),
+            reference=_RESNET,
+        ),
+        "relu": _Remedy(
+            reason="The derivative of ReLU is 1 where it is on; with He initialization the gradient keeps its size.",
+            code=(
+                "for parent in list(model.modules()):\n"
+                "    for name, child in list(parent.named_children()):\n"
+                "        if isinstance(child, torch.nn.{activation}):  # hidden layers; put an output activation back\n"
+                "            setattr(parent, name, torch.nn.ReLU())\n"
+                "for layer in model.modules():\n"
+                "    if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):\n"
+                '        torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")'
+            ),
+            reference=_HE,
+        ),
+        "leaky-relu": _Remedy(
+            reason="A small slope on the negative side lets a gradient through, so that units can come back.",
+            code=(
+                "for parent in list(model.modules()):\n"
+                "    for name, child in list(parent.named_children()):\n"
+                "        if isinstance(child, torch.nn.ReLU):\n"
+                "            setattr(parent, name, torch.nn.LeakyReLU(0.01))"
+            ),
+            reference="Maas, Hannun, Ng (2013), Rectifier Nonlinearities Improve Neural Network Acoustic Models, ICML",
+        ),
+        "clip-norm": _Remedy(
+            reason="Clipping the gradient's norm bounds what one step can do; it treats the effect, not the cause.",
+            code="torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # between backward() and step()",
+            reference=_PASCANU,
+        ),
+        "lower-learning-rate": _Remedy(
+            reason="Steps that are small against the weights let the loss fall instead of throwing them about.",
+            code='for group in optimizer.param_groups:\n    group["lr"] *= {factor}',
+            reference=_RATIO,
+        ),
+        "higher-learning-rate": _Remedy(
+            reason=(
+                "Weights that move by a millionth of themselves per step need a million steps; aim at a ratio of 1e-3."
+            ),
+            code='for group in optimizer.param_groups:\n    group["lr"] *= {factor}',
+            reference=_RATIO,
+        ),
+        "warm-up": _Remedy(
+            reason=(
+                "The first steps do most of the damage: curvature is largest and Adam's averages are least "
+                "reliable there."
+            ),
+            code=(
+                "warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)\n"
+                "# after each optimizer.step(): warmup.step()"
+            ),
+            reference=_WARM_UP,
+        ),
+        "set-learning-rate": _Remedy(
+            reason="A group with learning rate 0 never moves; check the schedule that sets it, too.",
+            code='for group in optimizer.param_groups:\n    group["lr"] = group["lr"] or 1e-3',
+            reference="PyTorch documentation, torch.optim, Per-parameter options",
+        ),
+        "add-to-optimizer": _Remedy(
+            reason="Parameters made after the optimizer, or left out of it, get gradients that nobody applies.",
+            code=(
+                'held = {{id(p) for group in optimizer.param_groups for p in group["params"]}}\n'
+                "missing = [p for p in model.parameters() if p.requires_grad and id(p) not in held]\n"
+                'optimizer.add_param_group({{"params": missing}})'
+            ),
+            reference="PyTorch documentation, torch.optim.Optimizer.add_param_group",
+        ),
+        "freeze": _Remedy(
+            reason=(
+                "What is not meant to learn is better frozen on purpose: everyone sees it, and its backward "
+                "pass is saved."
+            ),
+            code='model.get_parameter("{parameter}").requires_grad_(False)',
+            reference=_AUTOGRAD,
+        ),
+        "freeze-module": _Remedy(
+            reason="If the cut is meant, freezing what lies behind it says so, and saves its backward pass.",
+            code='model.get_submodule("{layer}").requires_grad_(False)',
+            reference=_AUTOGRAD,
+        ),
+        "remove-detach": _Remedy(
+            reason=(
+                "Somewhere between {layer} and the loss .detach(), .item(), .data or torch.no_grad() drops the graph."
+            ),
+            code=(
+                "assert output.requires_grad  # after each line between {layer} and the loss: the first to fail "
+                "is the cut"
+            ),
+            reference=_AUTOGRAD,
+        ),
+        "differentiable-op": _Remedy(
+            reason=(
+                "Rounding, sign, argmax and comparisons have derivative zero; pass the gradient straight through them."
+            ),
+            code="hard = soft.round()\ny = soft + (hard - soft).detach()  # forward: hard, backward: soft",
+            reference="Bengio, Leonard, Courville (2013), Estimating or Propagating Gradients, arXiv 1308.3432",
+        ),
+        "input-check": _Remedy(
+            reason="Non-finite data must be found where they are loaded; one bad example ruins every weight.",
+            code='assert torch.isfinite(batch).all(), "non-finite values in the batch"',
+            reference="PyTorch documentation, torch.isfinite",
+        ),
+        "standardize-input": _Remedy(
+            reason="Inputs of mean 0 and standard deviation 1 keep the first layers where their derivative is large.",
+            code="batch = (batch - batch.mean(0)) / batch.std(0).clamp_min(1e-6)",
+            reference=_LECUN,
+        ),
+        "safe-op": _Remedy(
+            reason="log, division, sqrt and their like need an argument kept away from the edge, inside the function.",
+            code=(
+                "y = torch.log(x.clamp_min(1e-8))  # and torch.sqrt(x + 1e-12), a / (b + 1e-8), x.clamp(-1 + "
+                "1e-6, 1 - 1e-6)"
+            ),
+            reference=_AUTOGRAD + ", Gradients for non-differentiable functions",
+        ),
+        "logits-loss": _Remedy(
+            reason="A loss that takes logits computes log and exp together, where neither over- nor underflows.",
+            code="loss = torch.nn.functional.cross_entropy(logits, target)  # logits: no softmax before it",
+            reference="PyTorch documentation, torch.nn.functional.cross_entropy",
+        ),
+        "anomaly-mode": _Remedy(
+            reason=(
+                "Anomaly mode names the line of the forward pass whose derivative is NaN; for one step only, it "
+                "is slow."
+            ),
+            code="with torch.autograd.detect_anomaly():\n    compute_loss(model, batch).backward()",
+            reference="PyTorch documentation, torch.autograd.detect_anomaly",
+        ),
+        "bfloat16": _Remedy(
+            reason="bfloat16 has the range of float32, so that numbers above 65504 stay finite.",
+            code=(
+                "with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16):\n"
+                "    loss = compute_loss(model, batch)"
+            ),
+            reference="PyTorch documentation, Automatic Mixed Precision",
+        ),
+        "restore-checkpoint": _Remedy(
+            reason="A NaN weight never heals: go back to weights and optimizer state that are finite.",
+            code='model.load_state_dict(checkpoint["model"])\noptimizer.load_state_dict(checkpoint["optimizer"])',
+            reference="PyTorch tutorials, Saving and Loading Models",
+        ),
+    }
+)
+
+_DEPTH_DEFAULT = ("layer-norm", "he-initialization", "residual")
+_RATE = ("lower-learning-rate", "warm-up", "clip-norm")
+
+_CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
+    {
+        ("GG101", Cause.ACTIVATION_DERIVATIVE): ("batch-norm", "relu", "layer-norm", "residual"),
+        ("GG101", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "batch-norm", "residual"),
+        ("GG101", Cause.SATURATION): ("standardize-input", "xavier-initialization", "layer-norm", "relu"),
+        ("GG101", Cause.DEAD_UNITS): ("he-initialization", "batch-norm", "leaky-relu", "lower-learning-rate"),
+        ("GG101", None): _DEPTH_DEFAULT,
+        ("GG102", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "clip-norm"),
+        ("GG102", Cause.NORMALIZATION): ("residual", "layer-norm", "clip-norm"),
+        ("GG102", None): (*_DEPTH_DEFAULT, "clip-norm"),
+        ("GG104", Cause.LOSS): ("remove-detach", "differentiable-op"),
+        ("GG104", None): ("remove-detach", "differentiable-op", "freeze-module"),
+        ("GG201", None): ("input-check", "standardize-input"),
+        ("GG202", Cause.LOSS): ("logits-loss", "safe-op"),
+        ("GG202", Cause.PRECISION): ("bfloat16", "safe-op"),
+        ("GG202", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "lower-learning-rate"),
+        ("GG202", Cause.LEARNING_RATE): _RATE,
+        ("GG202", None): ("safe-op", "logits-loss"),
+        ("GG203", Cause.LOSS): ("logits-loss", "safe-op", "anomaly-mode"),
+        ("GG203", Cause.LEARNING_RATE): _RATE,
+        ("GG203", None): ("safe-op", "anomaly-mode"),
+        ("GG204", Cause.LEARNING_RATE): (*_RATE, "restore-checkpoint"),
+        ("GG204", None): ("restore-checkpoint", "clip-norm"),
+        ("GG301", Cause.LEARNING_RATE): ("lower-learning-rate", "warm-up", "he-initialization", "leaky-relu"),
+        ("GG301", Cause.DATA): ("standardize-input", "batch-norm", "leaky-relu"),
+        ("GG301", None): ("he-initialization", "batch-norm", "leaky-relu"),
+        ("GG302", Cause.DATA): ("standardize-input", "layer-norm", "relu"),
+        ("GG302", None): ("xavier-initialization", "layer-norm", "relu"),
+        ("GG501", None): _RATE,
+        ("GG502", None): ("higher-learning-rate",),
+        ("GG503", Cause.WIRING): ("add-to-optimizer", "freeze"),
+        ("GG503", Cause.LEARNING_RATE): ("set-learning-rate", "freeze"),
+        ("GG503", None): ("higher-learning-rate",),
+    }
+)
+"""Remedies by rule and cause, best first; ``None`` stands for any other cause.
+Source: order by the measurements of algorithms.md, sections D and K (BatchNorm repairs a 20-layer sigmoid net, no
+initialization does); among equals the least invasive first."""
+
+_RATE_FACTORS = (1e-4, 0.5, 2.0, 1e4)
+"""Smallest and largest factor by which to lower, and to raise, a learning rate at once. Ours."""
+
+_ZERO_CENTRED = frozenset({"Tanh", "Softsign", "Hardtanh"})
+"""Activations for which Xavier, not He, is the initialization that keeps the variance. Source: Glorot and Bengio
+(2010)."""
+
+
+def prescribe(diagnosis: Diagnosis) -> Diagnosis:
+    """Return the diagnosis with prescriptions for every standing finding that no other explains.
+
+    What follows from another finding goes away with it, and what has cleared needs no cure: they get none.
+
+    Args:
+        diagnosis: A verdict without prescriptions.
+    """
+    return replace(
+        diagnosis, findings=tuple(replace(f, prescriptions=prescriptions_for(f)) for f in diagnosis.findings)
+    )
+
+
+def prescriptions_for(finding: Finding) -> tuple[Prescription, ...]:
+    """Return the cures to try for one finding, best first; empty for what has cleared or follows from another.
+
+    Args:
+        finding: A finding with its cause and evidence.
+    """
+    if not finding.standing or finding.consequence_of is not None:
+        return ()
+    return tuple(_fill(name, finding) for name in _names(finding))
+
+
+def _names(finding: Finding) -> tuple[str, ...]:
+    kind = finding.evidence.get("kind")
+    if finding.code == "GG104" and kind is not None:
+        return ("remove-detach", "freeze-module") if kind.value == "detached" else ("freeze",)
+    names = _CURES.get((finding.code, finding.cause), _CURES.get((finding.code, None), ()))
+    if _activation(finding) in _ZERO_CENTRED:
+        names = tuple("xavier-initialization" if name == "he-initialization" else name for name in names)
+    return names
+
+
+def _fill(name: str, finding: Finding) -> Prescription:
+    remedy = _REMEDIES[name]
+    factor = _factor(name, finding)
+    parameter = next(iter(finding.layers), "")
+    values = {
+        "layer": finding.layer or "the model's output",
+        "parameter": parameter,
+        "activation": _activation(finding) if name in {"relu", "layer-norm", "batch-norm"} else "ReLU",
+        "factor": f"{factor:.2g}",
+    }
+    return Prescription(
+        remedy=name,
+        reason=remedy.reason.format(**values),
+        code=remedy.code.format(**values),
+        reference=remedy.reference,
+        arguments=MappingProxyType(_arguments(name, finding, factor)),
+    )
+
+
+def _arguments(name: str, finding: Finding, factor: float) -> dict[str, Any]:
+    """Return the arguments with which the remedy could be applied by itself."""
+    if name in {"lower-learning-rate", "higher-learning-rate"}:
+        return {"factor": factor}
+    if name == "clip-norm":
+        return {"max_norm": 1.0}
+    if name == "relu":
+        return {"activation": _activation(finding)}
+    if name in {"freeze", "add-to-optimizer"}:
+        return {"parameters": finding.layers}
+    return {}
+
+
+def _activation(finding: Finding) -> str:
+    """Return the class name of the activation concerned, ReLU where it is not known."""
+    evidence = finding.evidence.get("activation")
+    return str(evidence.value) if evidence is not None else "ReLU"
+
+
+def _factor(name: str, finding: Finding) -> float:
+    """Return the factor for the learning rate that would bring the update ratio near 1e-3, within bounds."""
+    low, less, more, high = _RATE_FACTORS
+    ratio = finding.evidence.get("update_ratio")
+    known = ratio is not None and isinstance(ratio.value, float) and math.isfinite(ratio.value) and ratio.value > 0.0
+    if name == "higher-learning-rate":
+        wanted = 1e-3 / float(ratio.value) if ratio is not None and known else 10.0
+        return min(high, max(more, wanted))
+    wanted = 1e-3 / float(ratio.value) if ratio is not None and known else 0.1
+    return max(low, min(less, wanted))
