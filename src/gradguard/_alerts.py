@@ -6,13 +6,21 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
+
 from gradguard.errors import GradGuardWarning, UnhealthyGradientsError
 from gradguard.findings import Finding, Severity
 
 if TYPE_CHECKING:
     from gradguard.config import GuardConfig
 
-__all__ = ["Alerts"]
+__all__ = ["Alerts", "is_main_process"]
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of a distributed run: the one that speaks."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 class Alerts:
@@ -47,6 +55,8 @@ class Alerts:
         """
         if callable(self._action):
             self._action(finding)
+            return
+        if self._action == "warn" and not is_main_process():
             return
         line = f"gradguard: step {finding.step}: {finding.code} {finding.name}: {finding.message}"
         if self._action == "raise":

@@ -99,7 +99,7 @@ def load_digits() -> Digits:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
         raise MissingExtraError(
-            "the demo needs scikit-learn's digits, and scikit-learn is not installed. "
+            "demo needs the digits of scikit-learn, which is not installed. "
             "Install the extra: pip install 'gradguard[demo]'"
         ) from error
     data = load()

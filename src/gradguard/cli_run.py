@@ -104,7 +104,7 @@ def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any, Any], Any]]
     try:
         value = function()
     except (Exception, SystemExit) as error:
-        raise TargetError(f"{target!r} was called without arguments and failed.\n{_describe(error)}") from error
+        raise TargetError(f"{target!r} failed when called without arguments.\n{_describe(error)}") from error
     return _checked(target, value)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gradguard._alerts import Alerts
+from gradguard._alerts import Alerts, is_main_process
 from gradguard._arguments import check_model, check_optimizers
 from gradguard._cadence import Cadence, FixedCadence
 from gradguard.config import GuardConfig
@@ -188,7 +188,7 @@ class Guard:
         return self._observing.diagnose(steps=self.steps, batches=self._batches, overhead=self.overhead)
 
     def report(self, console: Console | None = None, *, show_all: bool = False) -> Diagnosis:
-        """Print a report and return the diagnosis.
+        """Print a report and return the diagnosis. Of several processes only the first prints.
 
         Args:
             console: A rich console to print to; standard output otherwise.
@@ -197,7 +197,8 @@ class Guard:
         from gradguard.report.console import print_report
 
         diagnosis = self.diagnose()
-        print_report(diagnosis, console, show_all=show_all)
+        if is_main_process():
+            print_report(diagnosis, console, show_all=show_all)
         return diagnosis
 
     def detach(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from gradguard.history import History
 from gradguard.records import FloatArray
 
-__all__ = ["LossProgress", "Trend", "judge_losses", "loss_progress"]
+__all__ = ["BLOW_UP", "LossProgress", "Trend", "judge_losses", "loss_growth", "loss_progress"]
 
 _MINIMUM_LOSSES = 20
 """Losses needed for a judgement. Ours: two medians of ten."""
@@ -30,6 +30,10 @@ _SIGNIFICANT = 3.0
 _CHANCE_BAND = (0.75, 1.5)
 """Range around ln(classes) in which a classifier has learnt next to nothing. Ours: at the lower end the true class gets
 1.8 times its share with ten classes."""
+
+
+BLOW_UP = 10.0
+"""Factor by which a loss has grown, when it overflows, if steps that were too large drove it. Ours."""
 
 
 class Trend(StrEnum):
@@ -111,6 +115,22 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
     else:
         trend = Trend.FLAT
     return LossProgress(trend=trend, first=first, last=last, chance=chance)
+
+
+def loss_growth(losses: FloatArray) -> float:
+    """Return by how much a loss had grown when it ceased to be finite, NaN where it did not or too few came before.
+
+    The last finite loss over the median of the first half of those before it. Scale-free.
+
+    Args:
+        losses: Losses, oldest first, shape ``[losses]``.
+    """
+    lost = np.flatnonzero(~np.isfinite(losses))
+    before = losses[: lost[0]] if lost.size else losses[:0]
+    if before.size < 2:
+        return math.nan
+    usual = abs(float(np.median(before[: before.size // 2])))
+    return float(before[-1]) / usual if usual > 0.0 else math.nan
 
 
 def _block(values: FloatArray) -> tuple[float, float]:

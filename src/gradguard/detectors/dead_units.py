@@ -63,11 +63,14 @@ def find_dead_units(history: History, config: GuardConfig) -> Sequence[Finding]:
 def unit_shares(history: History, name: str) -> FloatArray:
     """Return the larger of a share of units and its functional counterpart, shape ``[observations, layers]``.
 
+    NaN where the output was not finite: a comparison with NaN says nothing.
+
     Args:
         history: Records of one optimizer.
         name: ``"dead_fraction"`` or ``"inactive_fraction"``.
     """
-    return np.fmax(history.layer(name), history.layer(f"input_{name}"))
+    shares = np.fmax(history.layer(name), history.layer(f"input_{name}"))
+    return np.where(np.isinf(history.layer("forward_rms")), np.nan, shares)
 
 
 def _largest(shares: FloatArray) -> FloatArray:

@@ -10,7 +10,7 @@ import numpy as np
 from gradguard.config import GuardConfig
 from gradguard.detectors._episodes import Episode, last_episode
 from gradguard.detectors._finding import make_finding
-from gradguard.detectors._loss import LossProgress, Trend, loss_progress
+from gradguard.detectors._loss import BLOW_UP, LossProgress, Trend, loss_growth, loss_progress
 from gradguard.detectors._numbers import power_of_ten
 from gradguard.detectors._updates import matrix_ratios, ratio_quantile
 from gradguard.findings import Cause, Evidence, Finding, Severity
@@ -21,6 +21,10 @@ __all__ = ["find_learning_rate"]
 
 _TARGET = 1e-3
 """Update-to-weight ratio to aim for. Source: Karpathy, CS231n notes, "Neural networks part 3"."""
+
+_BLOWN_SHARE = 0.1
+"""Share of ``update_ratio_high`` that is too much where the loss grew tenfold and overflowed. Source: Karpathy, CS231n
+notes: a ratio above 1e-2 is too fast; the outcome confirms it."""
 
 _FAST_QUARTER = 0.75
 """Quantile that must lie below ``update_ratio_low``: while a quarter of the matrices move, the rate is not too low.
@@ -62,12 +66,14 @@ def find_learning_rate(history: History, config: GuardConfig) -> Sequence[Findin
 def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Finding | None:
     medians = ratio_quantile(ratios, 0.5)
     known = ~np.isnan(medians)
-    too_high = medians > config.update_ratio_high
-    if not too_high.any():
+    limit = config.update_ratio_high
+    if not (medians > _BLOWN_SHARE * limit).any():
         return None
     losses, loss = history.losses[1], loss_progress(history)
     blown = bool(losses.size and not np.isfinite(losses[-1])) or not np.isfinite(_last_weights(history)).all()
-    episode = last_episode(too_high, known=known, patience=1 if blown else config.update_patience)
+    if blown and loss_growth(losses) > BLOW_UP:
+        limit *= _BLOWN_SHARE
+    episode = last_episode(medians > limit, known=known, patience=1 if blown else config.update_patience)
     if episode is None or not (loss.stuck or blown):
         return None
     steps = history.steps.astype(np.int64)
@@ -85,7 +91,7 @@ def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Find
         confidence=min(0.9, 0.6 + 0.1 * min(episode.count, 3))
         if rose
         else min(0.85, 0.5 + 0.1 * min(episode.count, 3)),
-        evidence=_evidence(history, episode, ratio, loss, note=f"above {config.update_ratio_high:g}"),
+        evidence=_evidence(history, episode, ratio, loss, note=f"above {limit:g}"),
     )
 
 

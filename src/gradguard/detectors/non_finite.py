@@ -12,6 +12,7 @@ import numpy as np
 from gradguard.config import GuardConfig
 from gradguard.detectors._episodes import BoolArray
 from gradguard.detectors._finding import make_finding
+from gradguard.detectors._loss import BLOW_UP, loss_growth
 from gradguard.detectors._numbers import column, is_bad
 from gradguard.detectors._origin import (
     BACKWARD,
@@ -29,10 +30,6 @@ from gradguard.history import History
 from gradguard.records import FloatArray, StepRecord
 
 __all__ = ["find_non_finite"]
-
-_BLOW_UP = 10.0
-"""Factor over its median by which a loss grows before it overflows when the learning rate drove it. Ours: healthy
-losses of the clinic's runs stay within 4 times their running median."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,11 +183,11 @@ def _driven_by_rate(history: History, config: GuardConfig, onset: _Onset) -> dic
         evidence["update_ratio"] = Evidence(
             value=ratio, unit="ratio", note=f"above {config.update_ratio_high:g} before it"
         )
-    steps, losses = history.losses
-    before = losses[(steps < onset.step) & np.isfinite(losses)]
-    if before.size >= 2 and before[-1] > _BLOW_UP * abs(float(np.median(before[: max(1, before.size // 2)]))):
-        growth = float(before[-1]) / max(abs(float(np.median(before[: max(1, before.size // 2)]))), 1e-300)
-        evidence["loss_growth"] = Evidence(value=growth, unit="ratio", note="last finite loss over the median before")
+    growth = loss_growth(history.losses[1])
+    if growth > BLOW_UP:
+        evidence["loss_growth"] = Evidence(
+            value=growth, unit="ratio", note="last finite loss over its usual size before"
+        )
     return evidence
 
 
