@@ -36,13 +36,19 @@ class Alerts:
         self._announced: set[tuple[str, str]] = set()
 
     def news(self, findings: Iterable[Finding]) -> list[Finding]:
-        """Return the standing findings at ``WARNING`` or above that were not announced since they last began."""
+        """Return the illnesses at ``WARNING`` or above that were not announced since they last began.
+
+        What follows from an illness is not announced beside it.
+
+        Args:
+            findings: Findings whose consequences are linked to their causes.
+        """
         new = []
         for finding in findings:
             key = (finding.code, finding.optimizer)
             if not finding.standing:
                 self._announced.discard(key)
-            elif finding.severity >= Severity.WARNING and key not in self._announced:
+            elif finding.consequence_of is None and finding.severity >= Severity.WARNING and key not in self._announced:
                 self._announced.add(key)
                 new.append(finding)
         return new

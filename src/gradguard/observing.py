@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gradguard.detectors import DEFAULT_DETECTORS, Detector, run_detectors
-from gradguard.diagnosis import diagnose
+from gradguard.diagnosis import diagnose, link_findings
 from gradguard.findings import Diagnosis, Finding, Unobserved
 from gradguard.history import History
 from gradguard.monitors import GradientMonitor, LossMonitor, SignalMonitor
@@ -177,9 +177,9 @@ class Observing:
         for step, optimizer, loss in self.losses.drain():
             self.history.note_loss(step, loss, optimizer=optimizer)
 
-    def findings(self) -> list[Finding]:
-        """Judge the history as it is now."""
-        return run_detectors(self.history, self._config, self._detectors)
+    def findings(self) -> tuple[Finding, ...]:
+        """Judge the history as it is now: root causes first, each followed by its consequences."""
+        return link_findings(run_detectors(self.history, self._config, self._detectors))
 
     def diagnose(self, *, steps: int, batches: int, overhead: float) -> Diagnosis:
         """Return the verdict on everything observed so far.
