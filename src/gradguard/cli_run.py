@@ -202,7 +202,7 @@ def run_demo(
     digits = load_digits()
     fit = train_with_lightning if lightning else train
     results: list[tuple[Case, Diagnosis, float]] = []
-    with _progress_bar(shown=progress) as bar, torch.random.fork_rng(devices=[]):
+    with _progress_bar(shown=progress) as bar, torch.random.fork_rng(devices=[]), _one_thread():
         for case in CASES:
             task = bar.add_task(f"training the {case.label} network", total=steps)
             torch.manual_seed(seed)
@@ -216,6 +216,17 @@ def run_demo(
     else:
         _print_reports(results, steps)
     return 0
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: layers this small gain nothing from two, which wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _print_reports(results: Sequence[tuple[Case, Diagnosis, float]], steps: int) -> None:

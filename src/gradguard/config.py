@@ -60,7 +60,7 @@ class GuardConfig:
         update_patience: Consecutive observations for which an update ratio must stay out of range.
     """
 
-    every: int = _number(50, unit="optimizer steps", low=1, source="Ours: benchmarks/overhead.py")
+    every: int = _number(100, unit="optimizer steps", low=1, source="Ours: benchmarks/overhead.py")
     dense_steps: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50)
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from gradguard.config import GuardConfig
-from gradguard.detectors._depth import TRUNK_ROLES, trunk, weight_layers
+from gradguard.detectors._depth import TRUNK_ROLES, power, trunk, weight_layers
 from gradguard.detectors._loss import loss_progress
 from gradguard.detectors._numbers import column, signal
 from gradguard.detectors._updates import matrix_ratios, ratio_quantile
@@ -251,7 +251,7 @@ def _profile(part: History, findings: Sequence[Finding]) -> tuple[LayerProfile, 
         return ()
     table, delta = record.layers, signal(record)
     rows = [int(row) for row in trunk(table, delta)]
-    gains = {row: float(delta[before] / delta[row]) for before, row in itertools.pairwise(rows)}
+    gains = {row: power(math.log10(delta[before]) - math.log10(delta[row])) for before, row in itertools.pairwise(rows)}
     marks = _marks(record, findings)
     active = _active_fractions(record)
     forward = column(record, "forward_rms")

@@ -144,7 +144,12 @@ class Guard:
         """Share of wall time spent in gradguard since the first step, 0 to 1, seen from the host; NaN before that."""
         if self._first_s is None or self._last_s <= self._first_s:
             return math.nan
-        return self._observing.overhead_s / (self._last_s - self._first_s)
+        return self.overhead_s / (self._last_s - self._first_s)
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds spent in gradguard since attaching, seen from the host."""
+        return self._observing.overhead_s
 
     @property
     def steps(self) -> int:

@@ -15,7 +15,8 @@ Layer statistics (one number per module and observation; the calls of a module t
 ``input_delta_norm``        L2 norm of the loss gradient at the module's first input tensor; NaN where unknown.
 ``input_delta_max_abs``     Upper bound of its largest absolute entry, as above.
 ``forward_rms``             Root mean square of the output; inf where an entry is NaN or infinite.
-``forward_max_abs``         Largest absolute entry of the output; NaN and inf propagate.
+``forward_max_abs``         Upper bound of the largest absolute entry of the output (exact for large tensors and for
+                            half precision, else its norm); NaN and inf propagate.
 ``input_max_abs``           Largest absolute entry of the input; NaN and inf propagate.
 ``zero_fraction``           Share of exact zeros in the output, 0..1.
 ``inactive_fraction``       Share of units that were 0 for every example of this observation, 0..1. Only for modules

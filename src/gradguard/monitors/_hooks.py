@@ -11,6 +11,10 @@ import torch
 __all__ = ["Hook", "HookSet", "StepHook", "in_backward", "in_functorch"]
 
 
+_GRAPH_TASK = getattr(torch._C, "_current_graph_task_id", None)
+_FUNCTORCH = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+
+
 class _Removable(Protocol):
     def remove(self) -> None: ...
 
@@ -112,8 +116,7 @@ def in_backward() -> bool:
 
     Uses a private function of torch (checked with 2.13); where it is missing the answer is False.
     """
-    task = getattr(torch._C, "_current_graph_task_id", None)
-    return task is not None and task() != -1
+    return _GRAPH_TASK is not None and _GRAPH_TASK() != -1
 
 
 def in_functorch() -> bool:
@@ -121,6 +124,4 @@ def in_functorch() -> bool:
 
     Uses a private function of torch (checked with 2.13); where it is missing the answer is False.
     """
-    functorch = getattr(torch._C, "_functorch", None)
-    peek = getattr(functorch, "peek_interpreter_stack", None)
-    return peek is not None and peek() is not None
+    return _FUNCTORCH is not None and _FUNCTORCH() is not None

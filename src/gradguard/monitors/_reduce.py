@@ -78,7 +78,7 @@ class Readback:
         return float(self._values[key][position + offset])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Norm:
     """Where one tensor's L2 norm and extreme entries wait, and how to combine them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from gradguard.monitors._describe import ModuleInfo
 
-__all__ = ["KnownTensors", "Row", "Slot", "Streak", "Units", "layer_columns", "unit_reduce"]
+__all__ = ["KnownTensors", "Row", "Slot", "Streaks", "Units", "layer_columns", "unit_reduce"]
 
 _SATURATED = 0.05
 """Share of the largest derivative below which a unit is saturated. Ours: |x| > 2.2 for tanh, 4.4 for sigmoid."""
@@ -48,23 +49,49 @@ class Units:
             self.peak = torch.maximum(self.peak, activity)
 
 
-@dataclass(slots=True, eq=False)
-class Streak:
-    """For how long each unit of a layer has been inactive, across observations, on the device."""
+class Streaks:
+    """For how long each unit of each layer has been inactive, across observations, as one vector on the device."""
 
-    looks: Tensor
-    since: Tensor
+    def __init__(self) -> None:
+        self._keys: list[tuple[str, int]] = []
+        self._looks = torch.zeros(0)
+        self._since = torch.zeros(0)
 
-    @classmethod
-    def start(cls, inactive: Tensor) -> Streak:
-        """Begin with no observation behind us."""
-        return cls(torch.zeros_like(inactive, dtype=torch.float32), torch.zeros_like(inactive, dtype=torch.float32))
+    def add(self, peaks: dict[str, Tensor], step: int, patience: int) -> tuple[Tensor, Tensor]:
+        """Take the units' activity in one observation in.
 
-    def add(self, inactive: Tensor, step: int, patience: int) -> Tensor:
-        """Take one observation in; return the number of units that are dead by now, 0-d."""
-        self.since = torch.where(inactive & (self.looks > 0), self.since, float(step))
-        self.looks = torch.where(inactive, self.looks + 1, 0.0)
-        return ((self.looks >= _MINIMUM_LOOKS) & (step - self.since >= patience)).sum()
+        Args:
+            peaks: Largest activity per unit and layer, each of shape ``[units]``, all on one device.
+            step: Optimizer step of the observation.
+            patience: Optimizer steps for which a unit must have been inactive to be dead.
+
+        Returns:
+            Numbers of inactive and of dead units per layer, each of shape ``[layers]``.
+        """
+        keys = [(name, peak.numel()) for name, peak in peaks.items()]
+        inactive = torch.cat(list(peaks.values())) <= 0
+        if keys != self._keys or self._looks.device != inactive.device:
+            self._rearrange(keys, inactive.device)
+        self._since = torch.where(inactive & (self._looks > 0), self._since, float(step))
+        self._looks = torch.where(inactive, self._looks + 1, 0.0)
+        dead = (self._looks >= _MINIMUM_LOOKS) & (step - self._since >= patience)
+        ends = torch.tensor(list(itertools.accumulate(size for _, size in keys)), device=inactive.device) - 1
+        return _sums_between(inactive, ends), _sums_between(dead, ends)
+
+    def _rearrange(self, keys: list[tuple[str, int]], device: torch.device) -> None:
+        """Carry over what is known of the layers that are still there, in their new order."""
+        sizes = [size for _, size in self._keys]
+        old = dict(zip(self._keys, zip(self._looks.split(sizes), self._since.split(sizes), strict=True), strict=True))
+        parts = [old.get(key, (torch.zeros(key[1]), torch.zeros(key[1]))) for key in keys]
+        self._looks = torch.cat([looks.to(device) for looks, _ in parts])
+        self._since = torch.cat([since.to(device) for _, since in parts])
+        self._keys = keys
+
+
+def _sums_between(flags: Tensor, ends: Tensor) -> Tensor:
+    """Return the number of set flags in each stretch, given the stretches' last positions."""
+    totals = flags.cumsum(0)[ends]
+    return torch.diff(totals, prepend=totals.new_zeros(1))
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +108,8 @@ class Row:
     inputs: list[Norm] = field(default_factory=list)
     outputs: list[Slot] = field(default_factory=list)
     input_slots: list[Slot] = field(default_factory=list)
-    zeros: list[tuple[Handle, int]] = field(default_factory=list)
+    nonzeros: list[tuple[Handle, int]] = field(default_factory=list)
+    is_step: bool = False
     units: Units = field(default_factory=Units)
     input_units: Units = field(default_factory=Units)
     derivatives: list[Norm] = field(default_factory=list)
@@ -89,14 +117,12 @@ class Row:
     counts: dict[str, tuple[Handle, int]] = field(default_factory=dict)
 
     def statistics(self, readback: Readback) -> dict[str, float]:
-        """Return every layer statistic of the row; call after the transfer."""
+        """Return every layer statistic of the row that is known; call after the transfer."""
         delta, delta_max = _pool([n for slot in self.outputs for n in slot.norms], readback)
         input_delta, input_delta_max = _pool([n for slot in self.input_slots for n in slot.norms], readback)
         forward, forward_max = _pool(self.forward, readback)
-        entries = sum(n.numel for n in self.forward)
-        slope, _ = _pool(self.derivatives, readback)
-        slopes = sum(n.numel for n in self.derivatives)
-        return {
+        entries = sum([n.numel for n in self.forward])
+        numbers = {
             "delta_norm": delta,
             "delta_max_abs": delta_max,
             "input_delta_norm": input_delta,
@@ -104,13 +130,22 @@ class Row:
             "forward_rms": forward / math.sqrt(entries) if entries else math.nan,
             "forward_max_abs": forward_max,
             "input_max_abs": _pool(self.inputs, readback)[1],
-            "zero_fraction": _share(self.zeros, readback),
-            "saturated_fraction": _share(self.saturated, readback),
-            "derivative_mean": slope / math.sqrt(slopes) if slopes else math.nan,
             "calls": float(self.calls),
-            "gradient_calls": float(sum(1 for slot in self.outputs if slot.norms)),
-            **{name: _share([count], readback) for name, count in self.counts.items()},
+            "gradient_calls": float(sum([bool(slot.norms) for slot in self.outputs])),
         }
+        if self.nonzeros:
+            nonzero = _share(self.nonzeros, readback)
+            numbers["zero_fraction"] = 1.0 - nonzero
+            if self.is_step:
+                numbers["derivative_mean"] = math.sqrt(nonzero)
+        if self.derivatives:
+            slope, _ = _pool(self.derivatives, readback)
+            numbers["derivative_mean"] = slope / math.sqrt(sum([n.numel for n in self.derivatives]))
+        if self.saturated:
+            numbers["saturated_fraction"] = _share(self.saturated, readback)
+        for name, count in self.counts.items():
+            numbers[name] = _share([count], readback)
+        return numbers
 
 
 class KnownTensors:
@@ -180,6 +215,8 @@ def _pool(norms: list[Norm], readback: Readback) -> tuple[float, float]:
     """Return the L2 norm and the largest absolute entry over all tensors; NaN for none, see :meth:`Norm.resolve`."""
     if not norms:
         return math.nan, math.nan
+    if len(norms) == 1:
+        return norms[0].resolve(readback)
     pairs = [norm.resolve(readback) for norm in norms]
     largest = math.nan if any(math.isnan(m) for _, m in pairs) else max(m for _, m in pairs)
     return math.hypot(*(l2 for l2, _ in pairs)), largest

@@ -36,4 +36,6 @@ def tensors(value: Any, *, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
 
 def floating_tensors(value: Any) -> list[torch.Tensor]:
     """Return the dense floating-point or complex tensors in a nested structure."""
+    if type(value) is torch.Tensor:
+        return [value] if value.is_floating_point() and not value.is_meta else []
     return [t for t in tensors(value) if (t.is_floating_point() or t.is_complex()) and not t.is_meta]

@@ -6,6 +6,7 @@ are never used: they crash on in-place layers and turn compiled frames eager.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,11 +16,11 @@ import torch
 from torch import nn
 
 from gradguard.findings import Unobserved
-from gradguard.monitors._derivatives import activation_info
-from gradguard.monitors._describe import clean_name, describe
+from gradguard.monitors._derivatives import ActivationInfo, activation_info
+from gradguard.monitors._describe import ModuleInfo, clean_name, describe
 from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
 from gradguard.monitors._reduce import Readback, dense, queue_norm
-from gradguard.monitors._rows import KnownTensors, Row, Slot, Streak, layer_columns, saturated_units, unit_reduce
+from gradguard.monitors._rows import KnownTensors, Row, Slot, Streaks, layer_columns, saturated_units, unit_reduce
 from gradguard.monitors._trees import floating_tensors
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class SignalMonitor:
         self._fired: set[int] = set()
         self._ran = False
         self._late: list[tuple[nn.Module, str]] = []
-        self._streaks: dict[tuple[int, str, str], Streak] = {}
+        self._streaks: dict[tuple[int, str, str], Streaks] = {}
+        self._kinds: dict[int, tuple[ModuleInfo, ActivationInfo | None]] = {}
         self.generation = 0
         self._active = False
         self.failed = False
@@ -130,18 +132,19 @@ class SignalMonitor:
     def close_step(self, step: int, optimizer: int) -> None:
         """Queue what spans observations: for how long units have been inactive."""
         self._ran = True
-        for row in self._rows.values():
-            for prefix, units in (("", row.units), ("input_", row.input_units)):
-                if units.peak is None:
-                    continue
-                inactive = units.peak <= 0
-                row.counts[f"{prefix}inactive_fraction"] = (self._readback.put(inactive.sum()), inactive.numel())
-                key = (optimizer, row.name, prefix)
-                streak = self._streaks.get(key)
-                if streak is None or streak.looks.shape != inactive.shape:
-                    streak = self._streaks[key] = Streak.start(inactive)
-                dead = streak.add(inactive, step, self._patience)
-                row.counts[f"{prefix}dead_fraction"] = (self._readback.put(dead), inactive.numel())
+        for prefix in ("", "input_"):
+            groups: dict[torch.device, dict[str, Tensor]] = {}
+            for row in self._rows.values():
+                peak = (row.input_units if prefix else row.units).peak
+                if peak is not None:
+                    groups.setdefault(peak.device, {})[row.name] = peak
+            for device, peaks in groups.items():
+                streaks = self._streaks.setdefault((optimizer, prefix, str(device)), Streaks())
+                counts = [self._readback.put_vector(c) for c in streaks.add(peaks, step, self._patience)]
+                for offset, (name, peak) in enumerate(peaks.items()):
+                    for kind, (queue, position) in zip(("inactive", "dead"), counts, strict=True):
+                        handle = (queue, position + offset)
+                        self._rows[name].counts[f"{prefix}{kind}_fraction"] = (handle, peak.numel())
 
     def columns(self) -> tuple[LayerTable, dict[str, FloatArray]]:
         """Return the rows of this observation; call after the transfer. Modules that did not run are left out."""
@@ -197,16 +200,14 @@ class SignalMonitor:
             return
         self._fired.add(id(module))
         started = time.perf_counter()
-        grad = torch.is_grad_enabled()
         try:
             if not in_functorch():
-                with torch.no_grad():
-                    self._tap(name, module, (args, kwargs), output, grad=grad)
+                self._tap(name, module, (args, kwargs) if kwargs else args, output)
         except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's forward pass
             self._fail(f"the forward hook of {name or 'the model'}", error)
         self.spent_s += time.perf_counter() - started
 
-    def _tap(self, name: str, module: nn.Module, inputs: Any, output: Any, *, grad: bool) -> None:
+    def _tap(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._in_training(module):
             self.eval_calls += 1
             return
@@ -214,11 +215,11 @@ class SignalMonitor:
         if row is None:
             if in_backward():
                 return
-            info = activation_info(module)
-            row = Row(name, type(module).__name__, describe(module))
-            row.bound = info.bound if info is not None else row.bound
+            info, activation = self._describe(module)
+            row = Row(name, type(module).__name__, info, math.nan if activation is None else activation.bound)
+            row.is_step = type(module) is nn.ReLU
             self._rows[name] = row
-        if not grad:
+        if not torch.is_grad_enabled():
             row.placeholders += not in_backward()
             return
         if in_backward():
@@ -235,6 +236,12 @@ class SignalMonitor:
         if outputs and row.info.role == "activation":
             self._tap_activation(row, module, None if in_place else given, outputs[0], axis)
 
+    def _describe(self, module: nn.Module) -> tuple[ModuleInfo, ActivationInfo | None]:
+        known = self._kinds.get(id(module))
+        if known is None:
+            known = self._kinds[id(module)] = describe(module), activation_info(module)
+        return known
+
     def _tap_input(self, row: Row, tensor: Tensor | None, *, in_place: bool) -> int | None:
         """Measure the first input tensor; return the axis of its units where it is known."""
         if tensor is None:
@@ -246,7 +253,7 @@ class SignalMonitor:
             if slot is not None:
                 row.input_slots.append(slot)
             return axis
-        values = dense(tensor)
+        values = dense(tensor.detach())
         if in_place or values is None:
             return None
         norm = queue_norm(self._readback, values, extremes=True)
@@ -268,10 +275,10 @@ class SignalMonitor:
             row.outputs.append(known[0])
             row.forward.append(known[1])
             return
-        values = dense(tensor)
+        values = dense(tensor.detach())
         if values is None:
             return
-        norm = queue_norm(self._readback, values, extremes=True)
+        norm = queue_norm(self._readback, values, extremes=values.dtype in (torch.float16, torch.bfloat16))
         row.forward.append(norm)
         slot = self._listen(tensor) if tensor.requires_grad else None
         if slot is not None:
@@ -286,13 +293,12 @@ class SignalMonitor:
             axis = 1 if output.ndim >= 4 else -1
         output = output.detach()
         if row.info.zero_is_dead:
-            zeros = output.numel() - torch.count_nonzero(output)
-            row.zeros.append((self._readback.put(zeros), output.numel()))
+            row.nonzeros.append((self._readback.put(torch.count_nonzero(output)), output.numel()))
             activity = unit_reduce(output, axis, signed=False)
             if activity is not None:
                 row.units.add(activity)
-        info = activation_info(module)
-        if info is None or output.numel() == 0 or (info.needs_input and given is None):
+        _, info = self._describe(module)
+        if row.is_step or info is None or output.numel() == 0 or (info.needs_input and given is None):
             return
         stride = -(-output.numel() // _SAMPLE_ENTRIES)
         y = output[::stride] if output.ndim > 1 else output
@@ -316,10 +322,9 @@ class SignalMonitor:
         started = time.perf_counter()
         self.backward_seen = True
         try:
-            with torch.no_grad():
-                values = dense(gradient)
-                if values is not None:
-                    slot.norms.append(queue_norm(self._readback, values))
+            values = dense(gradient.detach())
+            if values is not None:
+                slot.norms.append(queue_norm(self._readback, values))
         except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's backward pass
             self._fail("a gradient hook", error)
         self.spent_s += time.perf_counter() - started
