@@ -245,8 +245,7 @@ def _cause_text(finding: Finding) -> str:
 
 def _profile(part: History, findings: Sequence[Finding]) -> tuple[LayerProfile, ...]:
     """Return the layers as the newest observation that saw gradients has them."""
-    records = part.records
-    record = next((r for r in reversed(records) if not np.isnan(signal(r)).all()), records[-1] if records else None)
+    record = _newest(part)
     if record is None:
         return ()
     table, delta = record.layers, signal(record)
@@ -271,12 +270,19 @@ def _profile(part: History, findings: Sequence[Finding]) -> tuple[LayerProfile, 
     )
 
 
+def _newest(part: History) -> StepRecord | None:
+    """Return the newest observation at which a gradient reached a layer, else the newest with layers, if any."""
+    shown = [record for record in reversed(part.records) if len(record.layers)]
+    return next((r for r in shown if not np.isnan(signal(r)).all()), shown[0] if shown else None)
+
+
 def _marks(record: StepRecord, findings: Sequence[Finding]) -> dict[str, str]:
     """Return the code of the first standing finding whose culprit a layer is, by layer."""
     owners = dict(zip(record.parameters.names, record.parameters.layers, strict=True))
     marks: dict[str, str] = {}
     for finding in findings:
-        if finding.standing and finding.layer is not None:
+        uniform = "gain_per_layer" in finding.evidence and "culprit_gain" not in finding.evidence
+        if finding.standing and finding.layer is not None and not uniform:
             marks.setdefault(owners.get(finding.layer, finding.layer), finding.code)
     return marks
 
@@ -305,7 +311,7 @@ def _summary(
     norms = norms[np.isfinite(norms)]
     low, middle, high = np.percentile(norms, [5, 50, 95]) if norms.size else (math.nan, math.nan, math.nan)
     spans = observed_spans(part, config) if len(part) else np.array([])
-    ratio = ratio_quantile(matrix_ratios(part), 0.5)[-1:] if len(part) else np.array([])
+    ratio = _last(ratio_quantile(matrix_ratios(part), 0.5)) if len(part) else math.nan
     share, layer = _dead(part)
     before_clipping = history.scalar("read_before_clipping")
     return RunSummary(
@@ -320,8 +326,8 @@ def _summary(
         grad_norm_median=float(middle),
         grad_norm_p5=float(low),
         grad_norm_p95=float(high),
-        update_ratio_log10=math.log10(ratio[0]) if ratio.size and ratio[0] > 0.0 else math.nan,
-        span_decades=float(spans[-1]) if spans.size else math.nan,
+        update_ratio_log10=math.log10(ratio) if ratio > 0.0 else math.nan,
+        span_decades=_last(spans),
         dead_fraction=share,
         dead_layer=layer,
         overhead_fraction=overhead,
@@ -329,19 +335,24 @@ def _summary(
     )
 
 
+def _last(values: FloatArray) -> float:
+    """Return the last known value, NaN for none."""
+    known = values[~np.isnan(values)]
+    return float(known[-1]) if known.size else math.nan
+
+
 def _layer_count(part: History) -> int:
-    if not len(part):
-        return 0
-    record = part.records[-1]
-    return len(weight_layers(record.layers, trunk(record.layers, signal(record))))
+    record = _newest(part)
+    return 0 if record is None else len(weight_layers(record.layers, trunk(record.layers, signal(record))))
 
 
 def _dead(part: History) -> tuple[float, str]:
-    """Return the largest share of dead units at the last observation (a check: of inactive ones), and its layer."""
+    """Return the largest share of dead units when last known (a check: of inactive ones), and its layer."""
     if not len(part):
         return math.nan, ""
-    shares = unit_shares(part, "inactive_fraction" if part.info.preflight else "dead_fraction")[-1]
-    if not np.isfinite(shares).any():
+    shares = unit_shares(part, "inactive_fraction" if part.info.preflight else "dead_fraction")
+    known = np.flatnonzero(np.isfinite(shares).any(axis=1))
+    if not known.size:
         return math.nan, ""
-    row = int(np.nanargmax(shares))
-    return float(shares[row]), part.layers.names[row]
+    row = int(np.nanargmax(shares[known[-1]]))
+    return float(shares[known[-1], row]), part.layers.names[row]

@@ -323,9 +323,11 @@ def prescriptions_for(finding: Finding) -> tuple[Prescription, ...]:
 
 def _names(finding: Finding) -> tuple[str, ...]:
     kind = finding.evidence.get("kind")
-    if finding.code == "GG104" and kind is not None:
-        return ("remove-detach", "freeze-module") if kind.value == "detached" else ("freeze",)
     names = _CURES.get((finding.code, finding.cause), _CURES.get((finding.code, None), ()))
+    if finding.code == "GG104" and kind is not None:
+        names = ("remove-detach", "freeze-module") if kind.value == "detached" else ("freeze",)
+    if not finding.layer:
+        names = tuple(name for name in names if name != "freeze-module")
     if _activation(finding) in _ZERO_CENTRED:
         names = tuple("xavier-initialization" if name == "he-initialization" else name for name in names)
     return names

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gradguard.detectors._depth import TRUNK_ROLES
+from gradguard.detectors._depth import TRUNK_ROLES, power
 from gradguard.detectors._numbers import column, finite_median, signal
 from gradguard.findings import Cause, Evidence
 from gradguard.records import StepRecord
@@ -23,6 +23,10 @@ less than 0.3 decades in what they pass."""
 _GOOD_SHARE = 0.3
 """Share of the span that one module must lose to be its culprit. Ours: a third of the decades is no longer a uniform
 decay."""
+
+_NEIGHBOURS = 3
+"""Trunk rows on either side of a module that must show the drop across it: a branch's loss shows in none of them.
+Ours."""
 
 _EXPLAINS = 0.25
 """Share of the span that activations (or weights) must lose together to be its cause. Ours."""
@@ -95,7 +99,7 @@ def explain_depth(record: StepRecord, rows: NDArray[np.intp], span: float) -> Ex
     if culprit is not None:
         name = record.layers.names[culprit.row]
         evidence["culprit_gain"] = Evidence(
-            value=10.0**-culprit.lost, unit="ratio", note=f"gradient at the input of {name} over that at its output"
+            value=power(-culprit.lost), unit="ratio", note=f"gradient at the input of {name} over that at its output"
         )
         return Explanation(cause=_cause_of_module(record, culprit), layer=name, single=True, evidence=evidence)
     cause = _common_cause(record, evidence, trunk_rows, span, sign)
@@ -113,7 +117,7 @@ def _steps(record: StepRecord, first: int, last: int) -> list[_Step]:
     for row in range(first, last + 1):
         if not (0.0 < delta[row] < math.inf and 0.0 < given[row] < math.inf) or _contains(names, row):
             continue
-        step = _Step(row, roles[row], math.log10(delta[row] / given[row]))
+        step = _Step(row, roles[row], math.log10(delta[row]) - math.log10(given[row]))
         before = steps[-1] if steps else None
         follows = (
             before is not None and before.role == "affine" and math.isclose(delta[before.row], given[row], rel_tol=1e-6)
@@ -131,7 +135,7 @@ def _contains(names: tuple[str, ...], row: int) -> bool:
 
 
 def _stand_out(record: StepRecord, steps: list[_Step], rows: list[int], span: float, sign: float) -> _Step | None:
-    """Return the module that loses (or gains) by far the most, if the trunk shows the same drop across it."""
+    """Return the module that loses (or gains) by far the most, if the trunk beside it shows the same drop."""
     if not steps:
         return None
     worst = max(steps, key=lambda step: sign * step.lost)
@@ -141,8 +145,8 @@ def _stand_out(record: StepRecord, steps: list[_Step], rows: list[int], span: fl
     if lost - typical <= _STANDS_OUT or lost < _GOOD_SHARE * abs(span):
         return None
     logs = np.log10(signal(record)[rows])
-    before = logs[[i for i, row in enumerate(rows) if row < worst.row]]
-    after = logs[[i for i, row in enumerate(rows) if row >= worst.row]]
+    before = logs[[i for i, row in enumerate(rows) if row < worst.row]][-_NEIGHBOURS:]
+    after = logs[[i for i, row in enumerate(rows) if row >= worst.row]][:_NEIGHBOURS]
     if before.size == 0 or after.size == 0:
         return None
     across = sign * float(np.median(after) - np.median(before))
@@ -162,13 +166,13 @@ def _cause_of_module(record: StepRecord, step: _Step) -> Cause:
 def _gains(record: StepRecord, steps: list[_Step], rows: list[int]) -> dict[str, Evidence]:
     """Return what activations and weights typically pass: the numbers that tell one from the other."""
     evidence: dict[str, Evidence] = {}
-    weights = [10.0**-step.lost for step in steps if step.role in {"affine", "recurrent"}]
+    weights = [power(-step.lost) for step in steps if step.role in {"affine", "recurrent"}]
     if weights:
         evidence["weight_gain"] = Evidence(
             value=float(np.median(weights)), unit="ratio", note="gradient at a layer's input over that at its output"
         )
     activations = [i for i in range(rows[0], rows[-1]) if record.layers.roles[i] == "activation"]
-    passed = [10.0**-step.lost for step in steps if step.role == "activation"] or _passed_by_code(record, rows)
+    passed = [power(-step.lost) for step in steps if step.role == "activation"] or _passed_by_code(record, rows)
     slope = finite_median(column(record, "derivative_mean")[activations]) if activations else math.nan
     if not passed and slope > 0.0:
         passed = [slope]
@@ -188,7 +192,7 @@ def _passed_by_code(record: StepRecord, rows: list[int]) -> list[float]:
     delta, given = signal(record), signal(record, at="input_delta")
     layers = [row for row in rows if record.layers.roles[row] in {"affine", "recurrent"}]
     return [
-        float(delta[before] / given[after])
+        power(math.log10(delta[before]) - math.log10(given[after]))
         for before, after in itertools.pairwise(layers)
         if 0.0 < given[after] < math.inf and 0.0 < delta[before] < math.inf
     ]
@@ -241,7 +245,8 @@ def _typical(record: StepRecord, rows: list[int]) -> str | None:
     if len(layers) < 2:
         return None
     gains = np.diff(logs)
-    return record.layers.names[layers[1 + int(np.argmin(np.abs(gains - np.median(gains))))]]
+    apart = np.round(np.abs(gains - np.median(gains)), 6)
+    return record.layers.names[layers[1 + int(np.argmin(apart))]]
 
 
 def _value(evidence: dict[str, Evidence], name: str) -> float:

@@ -32,6 +32,10 @@ _CHANCE_BAND = (0.75, 1.5)
 1.8 times its share with ten classes."""
 
 
+_LEARNT = 0.5
+"""Share of ln(classes) below which a classifier has learnt. Ours: with ten classes the true one then gets 3 times its
+share."""
+
 BLOW_UP = 10.0
 """Factor by which a loss has grown, when it overflows, if steps that were too large drove it. Ours."""
 
@@ -58,12 +62,16 @@ class LossProgress:
         first: Median of up to the first 3 finite losses, NaN for none.
         last: Median of up to the last 10 finite losses, NaN for none.
         chance: ln(classes) where the loss stays at it, else NaN.
+        learnt: Whether a classifier's loss is below half of ln(classes), as in a resumed or fine-tuned run.
+        erupted: Whether it rose to more than ten times its first and its last values on the way.
     """
 
     trend: Trend
     first: float = math.nan
     last: float = math.nan
     chance: float = math.nan
+    learnt: bool = False
+    erupted: bool = False
 
     @property
     def stuck(self) -> bool:
@@ -101,12 +109,13 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
         return LossProgress(trend=Trend.RISEN, first=first, last=last)
     if finite.size < _MINIMUM_LOSSES:
         return LossProgress(trend=Trend.UNKNOWN, first=first, last=last)
-    start = _block(finite[: max(3, min(10, finite.size // 10))])
-    end = _block(finite[-10:])
+    origin, end = abs(float(finite[0])), _block(finite[-10:])
+    erupted = bool(finite.max() > BLOW_UP * max(origin, abs(last)))
+    start = _start(finite[:3], finite[-finite.size // 3 :])
     size = max(abs(start[0]), abs(end[0]))
     chance = _chance(start[0], end[0], classes)
     drop = _drop(start, end)
-    if drop <= -_CLEAR_CHANGE * size:
+    if -drop >= _CLEAR_CHANGE * size > 0.0:
         trend = Trend.RISEN
     elif math.isnan(chance) and drop >= _CLEAR_CHANGE * size > 0.0:
         trend = Trend.FALLEN
@@ -114,7 +123,8 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
         trend = Trend.FALLING
     else:
         trend = Trend.FLAT
-    return LossProgress(trend=trend, first=first, last=last, chance=chance)
+    learnt = classes >= 2 and last < _LEARNT * math.log(classes)
+    return LossProgress(trend=trend, first=first, last=last, chance=chance, learnt=learnt, erupted=erupted)
 
 
 def loss_growth(losses: FloatArray) -> float:
@@ -138,6 +148,18 @@ def _block(values: FloatArray) -> tuple[float, float]:
     centre = float(np.median(values))
     spread = 1.4826 * float(np.median(np.abs(values - centre)))
     return centre, 1.2533 * spread / math.sqrt(values.size)
+
+
+def _start(early: FloatArray, late: FloatArray) -> tuple[float, float]:
+    """Return where the loss began: the first losses, with the noise of the late ones, as three show little of it.
+
+    A loss that leaps up within its first three steps began at its very first value.
+    """
+    noise = _block(late)[1] * math.sqrt(late.size)
+    if early.max() > BLOW_UP * abs(float(early[0])):
+        return float(early[0]), noise
+    centre, error = _block(early)
+    return centre, max(error, noise / math.sqrt(early.size))
 
 
 def _drop(before: tuple[float, float], after: tuple[float, float]) -> float:

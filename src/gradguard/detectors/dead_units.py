@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradguard.config import GuardConfig
+from gradguard.detectors._depth import TRUNK_ROLES
 from gradguard.detectors._episodes import BoolArray, Episode, last_episode
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import LossProgress, Trend, loss_progress
@@ -50,13 +51,15 @@ def find_dead_units(history: History, config: GuardConfig) -> Sequence[Finding]:
         return []
     proven, seen = _largest(dead), _largest(inactive)
     early = (seen > config.dead_fraction_error) & ~_settled(history, config, proven)
-    severe = last_episode(early | (proven > config.dead_fraction_error), known=~(np.isnan(seen) & np.isnan(proven)))
+    certain = proven > config.dead_fraction_error
+    known = ~(np.isnan(seen) & np.isnan(proven))
+    severe = last_episode(early | certain, holds=(seen > config.dead_fraction_error) | certain, known=known)
     mild = _lasting(history, config, last_episode(proven > config.dead_fraction_warning, known=~np.isnan(proven)))
     found = [episode for episode in (severe, mild) if episode is not None]
     if not found:
         return []
     episode = next((e for e in found if e.standing), found[0])
-    is_early = bool(early[episode.last])
+    is_early = episode is severe and not bool(certain[episode.last])
     return [_finding(history, config, episode, inactive if is_early else dead, early=is_early)]
 
 
@@ -115,10 +118,9 @@ def _finding(history: History, config: GuardConfig, episode: Episode, shares: Fl
     row = shares[episode.last]
     limit = config.dead_fraction_error if early else config.dead_fraction_warning
     ill = [int(i) for i in np.flatnonzero(row > limit)]
-    table = history.layers
-    names = tuple(table.names[i] for i in ill)
+    names = tuple(dict.fromkeys(_unit_owner(history, episode.last, i) for i in ill))
     share = float(np.nanmax(row))
-    worst = table.names[int(np.nanargmax(row))]
+    worst = _unit_owner(history, episode.last, int(np.nanargmax(row)))
     cause, evidence = _cause(history, config, episode)
     what = "inactive for the whole batch" if early else "dead"
     message = (
@@ -146,6 +148,15 @@ def _finding(history: History, config: GuardConfig, episode: Episode, shares: Fl
         },
         ruled_out=() if cause is Cause.LEARNING_RATE else _rate_ruled_out(history, config, episode),
     )
+
+
+def _unit_owner(history: History, index: int, row: int) -> str:
+    """Return the module whose units a share is about: for functional code the layer before the row."""
+    names, roles = history.layers.names, history.layers.roles
+    if not np.isnan(history.layer("inactive_fraction")[index, row]):
+        return names[row]
+    makers = [i for i in range(row) if roles[i] in TRUNK_ROLES and roles[i] != "norm"]
+    return names[makers[-1]] if makers else names[row]
 
 
 def _cause(history: History, config: GuardConfig, episode: Episode) -> tuple[Cause, dict[str, Evidence]]:

@@ -67,9 +67,10 @@ def find_depth(history: History, config: GuardConfig) -> Sequence[Finding]:
     rescues many nets, SGD none). A finding goes on until the span is within ``span_info`` decades again. Late in a run
     a gradient that grows by more than ``span_late_explosion`` decades is an error where the loss is known not to fall.
 
-    A loss that has clearly fallen tempers the verdict: a late explosion within ``span_warning`` and, with an adaptive
-    optimizer, a vanishing gradient are then INFO; anything else beyond the limits is a warning. A span that has come
-    back within ``span_warning`` is a warning only where the loss is known not to fall.
+    A loss that has clearly fallen tempers the verdict: a late explosion within ``span_warning`` is then INFO, and so is
+    a vanishing gradient of a classifier under an adaptive optimizer (a regression's loss falls far by its last bias
+    alone); anything else beyond the limits is a warning. A span that has come back within ``span_warning`` is a warning
+    only where the loss is known not to fall.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``delta_norm``.
@@ -115,9 +116,19 @@ def _vanishing(run: _Run) -> tuple[BoolArray, BoolArray]:
 
 def _exploding(run: _Run) -> tuple[BoolArray, BoolArray]:
     """Return where an exploding gradient begins and where it goes on."""
-    late = (run.steps > run.config.span_patience_steps) & (run.spans > run.config.span_late_explosion)
-    begins = (run.spans > run.config.span_warning) | _consecutive(late, ~np.isnan(run.spans))
-    return begins, run.spans > run.config.span_info
+    return (run.spans > run.config.span_warning) | _late(run), run.spans > run.config.span_info
+
+
+def _late(run: _Run) -> BoolArray:
+    """Return where a gradient that grows late in the run has done so for two known observations in a row."""
+    config = run.config
+    mask = (run.steps > config.span_patience_steps) & (run.spans > config.span_late_explosion)
+    result = np.zeros_like(mask)
+    streak = 0
+    for index in np.flatnonzero(~np.isnan(run.spans)):
+        streak = streak + 1 if mask[index] else 0
+        result[index] = streak >= _LATE_LOOKS
+    return result
 
 
 def _judge(run: _Run, code: str, begins: BoolArray, holds: BoolArray) -> Finding | None:
@@ -134,7 +145,10 @@ def _judge(run: _Run, code: str, begins: BoolArray, holds: BoolArray) -> Finding
 
 
 def _vanishing_severity(run: _Run, episode: Episode, loss: LossProgress) -> Severity:
-    if not episode.standing or -float(np.min(run.spans[episode.first : episode.last + 1])) <= run.config.span_warning:
+    if (
+        not episode.standing
+        or -float(np.nanmin(run.spans[episode.first : episode.last + 1])) <= run.config.span_warning
+    ):
         return Severity.INFO
     if run.spans[episode.last] >= -run.config.span_warning:
         return Severity.WARNING if loss.stuck else Severity.INFO
@@ -142,37 +156,26 @@ def _vanishing_severity(run: _Run, episode: Episode, loss: LossProgress) -> Seve
     if run.adaptive is False:
         return Severity.WARNING if fallen else Severity.ERROR
     if fallen:
-        return Severity.INFO if run.adaptive else Severity.WARNING
+        return Severity.INFO if run.adaptive and run.history.info.classes >= 2 else Severity.WARNING
     return Severity.ERROR if _has_lasted(run, episode) else Severity.WARNING
 
 
 def _exploding_severity(run: _Run, episode: Episode, loss: LossProgress) -> Severity:
-    now, config = run.spans[episode.last], run.config
-    late = bool(run.steps[episode.last] > config.span_patience_steps)
-    beyond = bool(now > config.span_warning)
-    lasting_late = late and episode.count >= _LATE_LOOKS and now > config.span_late_explosion
-    began_beyond = bool(np.max(run.spans[episode.first : episode.last + 1]) > config.span_warning)
-    if not episode.standing or not (beyond or lasting_late or began_beyond):
+    config = run.config
+    beyond = bool(run.spans[episode.last] > config.span_warning)
+    late = bool(_late(run)[episode.last])
+    began_beyond = bool(np.nanmax(run.spans[episode.first : episode.last + 1]) > config.span_warning)
+    if not episode.standing or not (late or began_beyond):
         return Severity.INFO
-    if loss.trend is Trend.FALLEN or (not beyond and not loss.stuck):
+    if loss.trend is Trend.FALLEN or (not beyond and (loss.learnt or not loss.stuck)):
         return Severity.WARNING if beyond else Severity.INFO
     if run.adaptive is False:
         return Severity.ERROR
-    return Severity.ERROR if lasting_late and loss.stuck else Severity.WARNING
+    return Severity.ERROR if late and loss.stuck else Severity.WARNING
 
 
 def _has_lasted(run: _Run, episode: Episode) -> bool:
     return episode.count >= 2 and bool(run.steps[episode.last] >= run.config.span_patience_steps)
-
-
-def _consecutive(mask: BoolArray, known: BoolArray) -> BoolArray:
-    """Return where the mask has held for the number of known observations a late explosion needs."""
-    result = np.zeros_like(mask)
-    streak = 0
-    for index in np.flatnonzero(known):
-        streak = streak + 1 if mask[index] else 0
-        result[index] = streak >= _LATE_LOOKS
-    return result
 
 
 def _mention(mask: BoolArray, known: BoolArray) -> Episode | None:

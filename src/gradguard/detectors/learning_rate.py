@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,16 +32,14 @@ Ours: discriminative rates and thawed layers leave most of a healthy net standin
 _DECAYED = 0.1
 """Share of its peak below which a rate counts as the end of a schedule. Ours."""
 
-_CONVERGED = 0.5
-"""Share of ln(classes) below which a classifier that hardly moves has converged. Ours."""
-
 
 def find_learning_rate(history: History, config: GuardConfig) -> Sequence[Finding]:
     """Find a learning rate that is too high or too low for the weights it moves.
 
     Too high: the median ratio over matrices stays above ``update_ratio_high`` for ``update_patience`` consecutive
-    observations *and* the loss is known not to fall; one observation is enough where numbers then cease to be finite.
-    It stands until the loss falls, as the ratio drops by itself once the weights have grown.
+    observations *and* the loss is known not to fall, or erupted and never got below where it began; one observation is
+    enough where numbers then cease to be finite. It stands until the loss falls, as the ratio drops by itself once the
+    weights have grown.
 
     Too low: three quarters of the matrices stay below ``update_ratio_low`` for ``update_patience`` consecutive
     observations up to the last, the loss is flat, and neither warm-up, nor the end of a schedule, nor convergence
@@ -74,11 +71,11 @@ def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Find
     if blown and loss_growth(losses) > BLOW_UP:
         limit *= _BLOWN_SHARE
     episode = last_episode(medians > limit, known=known, patience=1 if blown else config.update_patience)
-    if episode is None or not (loss.stuck or blown):
+    if episode is None or not (loss.stuck or blown or (loss.erupted and loss.trend is not Trend.FALLEN)):
         return None
     steps = history.steps.astype(np.int64)
     ratio = float(np.max(medians[episode.first : episode.last + 1]))
-    rose = blown or loss.trend is Trend.RISEN
+    rose = blown or loss.erupted or loss.trend is Trend.RISEN
     outcome = "the numbers ceased to be finite" if blown else ("the loss rose" if rose else "the loss does not fall")
     return make_finding(
         "GG501",
@@ -103,11 +100,7 @@ def _too_low(history: History, config: GuardConfig, ratios: FloatArray) -> Findi
     if episode is None or not episode.standing:
         return None
     loss = loss_progress(history)
-    if loss.trend is not Trend.FLAT:
-        return None
-    classes = history.info.classes
-    converged = classes >= 2 and loss.last < _CONVERGED * math.log(classes)
-    if converged or _is_scheduled(history, episode):
+    if loss.trend is not Trend.FLAT or loss.learnt or _is_scheduled(history, episode):
         return None
     steps = history.steps.astype(np.int64)
     ratio = float(np.median(fastest[episode.first : episode.last + 1][mask[episode.first : episode.last + 1]]))

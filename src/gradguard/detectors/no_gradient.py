@@ -24,9 +24,9 @@ _SETTLING_STEPS = 5
 """Optimizer steps after which zero-initialized branches must have come alive. Source: architecture.md, section 3;
 ours."""
 
-_UNSEEN_PATIENCE = 3
-"""Observations without the module's taking part before it counts as unused. Ours: heads that take turns show up by
-then."""
+_UNSEEN_PATIENCE = 6
+"""Observations of a run without a module's taking part before it counts as unused. Ours: stochastic depth that drops
+every second block skips a given one six times in a row in 1 of 64 runs; heads that take turns show up by then."""
 
 _GONE_PATIENCE = 4
 """Times ``growth_patience`` for which a gradient must stay away that used to come. Ours: stochastic depth with a
@@ -54,7 +54,7 @@ def find_missing_gradients(history: History, config: GuardConfig) -> Sequence[Fi
     INFO below ``unused_fraction`` of the trainable entries. Exact zeros count where no dead or saturated layer, no
     underflow and no zero-initialized module owns them.
 
-    A detached part must recur for ``growth_patience`` observations, an unused one for three, one whose gradient used to
+    A detached part must recur for ``growth_patience`` observations, an unused one for six, one whose gradient used to
     come for longer; a check before the first step speaks after one. Where *no* gradient was read in a run, it was read
     at the wrong moment: that is no finding, and the diagnosis says so.
 

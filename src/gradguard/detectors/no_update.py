@@ -33,7 +33,8 @@ def find_no_update(history: History, config: GuardConfig) -> Sequence[Finding]:
     the learning rate of their group has been 0 from the start; or the step changes none of their entries. Each must
     hold at every observation so far, at least three; for the last one the loss must not be falling, as a converged run
     has updates below rounding. A check before the first step knows the optimizer and speaks of the first reason after
-    one look. A loss that has clearly fallen makes it INFO: feature extraction without freezing looks the same.
+    one look. A loss that has clearly fallen makes it INFO where it may be meant: a rate of 0, or half of the entries
+    and more left out of the optimizer, as in feature extraction without freezing. A smaller part looks forgotten.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``in_optimizer``, ``grad_norm``, ``weight_norm``, ``lr``,
@@ -102,8 +103,11 @@ def _finding(history: History, reason: str, rows: list[int]) -> Finding:
     trainable = history.parameter("trainable")[-1] == 1.0
     sizes = np.array(table.sizes, dtype=np.float64)
     share = float(sizes[rows].sum() / sizes[trainable].sum())
-    fallen = loss_progress(history).trend is Trend.FALLEN
-    severity = Severity.INFO if fallen else (Severity.ERROR if share >= _MOST else Severity.WARNING)
+    on_purpose = reason == "learning rate 0" or share >= _MOST
+    if on_purpose and loss_progress(history).trend is Trend.FALLEN:
+        severity = Severity.INFO
+    else:
+        severity = Severity.ERROR if share >= _MOST else Severity.WARNING
     one = len(names) == 1
     why = _WHY[reason].format(them="it" if one else "them", their="its" if one else "their")
     steps = history.steps.astype(np.int64)

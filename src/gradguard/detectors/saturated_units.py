@@ -64,7 +64,8 @@ def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Find
     if loss.trend in {Trend.FALLEN, Trend.FALLING}:
         return []
     first = min(episode.first for row, episode in episodes.items() if episode is not None and int(row) in rows)
-    return [_finding(history, rows, first, saturated[-1], passed[-1], loss)]
+    last = int(np.flatnonzero(known)[-1])
+    return [_finding(history, rows, first, saturated[last], passed[last], loss)]
 
 
 def _passed(history: History) -> FloatArray:
@@ -72,7 +73,8 @@ def _passed(history: History) -> FloatArray:
     delta, given = history.layer("delta_norm"), history.layer("input_delta_norm")
     bounds = np.array(history.layers.derivative_bounds, dtype=np.float64)
     usable = np.isfinite(delta) & np.isfinite(given) & (delta > 0.0)
-    measured = np.where(usable, given, np.nan) / np.where(usable, delta, 1.0)
+    with np.errstate(over="ignore"):
+        measured = np.where(usable, given, np.nan) / np.where(usable, delta, 1.0)
     slope = history.layer("derivative_mean")
     return np.where(np.isnan(measured), slope, measured) / bounds[None, :]
 
