@@ -55,6 +55,7 @@ RUN = RunSummary(
     dead_fraction=0.12,
     dead_layer="net.7",
     overhead_fraction=0.008,
+    overhead_s=0.21,
 )
 
 VANISHING = Finding(

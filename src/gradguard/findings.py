@@ -239,7 +239,8 @@ class RunSummary:
             input.
         dead_fraction: Largest share of dead units in a layer, 0 to 1.
         dead_layer: That layer.
-        overhead_fraction: Time spent in gradguard over wall time since attaching, 0 to 1.
+        overhead_fraction: Time spent in gradguard over wall time since the first step, 0 to 1.
+        overhead_s: The same time in seconds.
         clip_known: Whether norms were read before clipping (``record()``), or only at the optimizer step.
     """
 
@@ -259,6 +260,7 @@ class RunSummary:
     dead_fraction: float = math.nan
     dead_layer: str = ""
     overhead_fraction: float = math.nan
+    overhead_s: float = math.nan
     clip_known: bool = True
 
 

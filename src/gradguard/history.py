@@ -57,8 +57,8 @@ class History:
 
     Memory is bounded whatever the run's length. At most ``capacity`` observations are kept: the first 32, the newest
     third, and evenly spaced ones in between. One layer costs at most ``capacity * len(LAYER_STATISTICS) * 8`` bytes
-    (32 KiB at the default capacity of 256 and 16 statistics), one parameter ``capacity * len(PARAMETER_STATISTICS) * 8`` bytes
-    (20 KiB). Losses, recorded at every step and kept in the same way, cost at most 600 KiB in all.
+    (32 KiB at the default capacity of 256 and 16 statistics), one parameter ``capacity * len(PARAMETER_STATISTICS) * 8``
+    bytes (20 KiB). Losses, recorded at every step and kept in the same way, cost at most 600 KiB in all.
 
     Example:
         >>> import numpy as np

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -191,17 +192,16 @@ class Observing:
         """
         self.drain_losses()
         self.history.info = self._run_info(preflight=self.history.info.preflight)
-        return prescribe(
-            diagnose(
-                self.history,
-                self.findings(),
-                unobserved=tuple(self.notes.values()),
-                overhead=overhead,
-                batches=batches,
-                steps=steps,
-                config=self._config,
-            )
+        diagnosis = diagnose(
+            self.history,
+            self.findings(),
+            unobserved=tuple(self.notes.values()),
+            overhead=overhead,
+            batches=batches,
+            steps=steps,
+            config=self._config,
         )
+        return prescribe(replace(diagnosis, summary=replace(diagnosis.summary, overhead_s=self.overhead_s)))
 
     def close(self) -> None:
         """Remove every hook and let go of tensors; the history stays."""

@@ -184,11 +184,13 @@ def _mention(mask: BoolArray, known: BoolArray) -> Episode | None:
     return episode if episode is not None and episode.standing else None
 
 
-def _finding(run: _Run, code: str, episode: Episode, severity: Severity, loss: LossProgress) -> Finding:
+def _finding(run: _Run, code: str, episode: Episode, severity: Severity, loss: LossProgress) -> Finding | None:
     shown = episode.last if episode.standing else episode.first
     record = run.history.records[shown]
     delta = signal(record)
     rows = trunk(record.layers, delta)
+    if rows.size < 2:  # the layers changed their kind under their names since: what the run's table says is not theirs
+        return None
     span = float(run.spans[shown])
     explained = explain_depth(record, rows, span)
     layers = weight_layers(record.layers, rows)

@@ -67,7 +67,7 @@ def _headline(finding: Finding, summary: RunSummary, separator: str) -> Text:
     text.append(f"{finding.code} {finding.name}", style="bold")
     text.append(separator)
     text.append(finding.severity.name, style=STYLES[finding.severity])
-    parts = [finding.optimizer, when(finding, summary), f"sure{chr(0xA0)}{finding.confidence:.2f}"]
+    parts = [finding.optimizer, when(finding, summary), f"sure {finding.confidence:.2f}"]
     text.append("".join(f"{separator}{part}" for part in parts if part))
     return text
 

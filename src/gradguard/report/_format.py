@@ -143,7 +143,7 @@ def summary_line(summary: RunSummary) -> str:
         parts.append(f"dead units at most {number(summary.dead_fraction, 'fraction')} ({summary.dead_layer})")
     elif summary.dead_fraction == 0.0:
         parts.append("no dead units")
-    return " · ".join(parts)
+    return "   ".join(parts)
 
 
 def footer_lines(diagnosis: Diagnosis) -> list[str]:
@@ -154,7 +154,8 @@ def footer_lines(diagnosis: Diagnosis) -> list[str]:
     else:
         parts = [f"{summary.steps} steps, {diagnosis.observations} observed"]
         if not math.isnan(summary.overhead_fraction):
-            parts.append(f"overhead {100 * summary.overhead_fraction:.1f} % of time")
+            spent = "" if math.isnan(summary.overhead_s) else f"{summary.overhead_s:.2g} s, "
+            parts.append(f"overhead {spent}{100 * summary.overhead_fraction:.1f} % of time")
     if not diagnosis.unobserved:
-        return [" · ".join([*parts, "nothing left unobserved"])]
+        return [" · ".join([*parts, "nothing unobserved"])]
     return [" · ".join(parts), *(f"not observed: {note.what}: {note.why}" for note in diagnosis.unobserved)]

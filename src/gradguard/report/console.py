@@ -18,9 +18,6 @@ from gradguard.report._layers import layer_table
 
 __all__ = ["print_report", "render"]
 
-_NO_BREAK = chr(0xA0)
-"""A no-break space keeps a separator on the line of the item before it."""
-
 _COLOURS = {True: "green", False: "red", None: "yellow"}
 
 
@@ -55,7 +52,7 @@ def render(diagnosis: Diagnosis, options: ConsoleOptions, *, show_all: bool = Fa
         show_all: See :func:`print_report`.
     """
     ascii_only = options.ascii_only or options.legacy_windows
-    separator = " - " if ascii_only else f"{_NO_BREAK}· "
+    separator = " - " if ascii_only else " · "
     yield _banner(diagnosis, ascii_only=ascii_only)
     yield from _body(diagnosis, separator, show_all=show_all)
     if diagnosis.healthy is False or show_all:
@@ -100,7 +97,7 @@ def _body(diagnosis: Diagnosis, separator: str, *, show_all: bool) -> Iterator[R
     if line and diagnosis.observations:
         if ill:
             yield Text("")
-        yield _paragraph(line.replace(" · ", separator))
+        yield _paragraph(line)
     for finding in remarks(diagnosis):
         yield _indented(remark_line(finding, diagnosis.summary, separator))
 
