@@ -13,7 +13,7 @@ from gradguard.errors import MissingExtraError
 from gradguard.findings import Diagnosis, Finding
 from gradguard.guard import watch
 
-__all__ = ["CASES", "Case", "Digits", "accuracy", "build", "load_digits", "train", "train_with_lightning"]
+__all__ = ["CASES", "Case", "Digits", "Network", "accuracy", "load_digits", "train", "train_with_lightning"]
 
 _LAYERS = 20
 _WIDTH = 64
@@ -116,30 +116,39 @@ def load_digits() -> Digits:
     )
 
 
-def build(case: Case) -> nn.Sequential:
-    """Return a new network of 20 linear layers, 64 wide, from torch's global random state."""
-    layers: list[nn.Module] = []
-    for _ in range(_LAYERS - 1):
-        hidden = nn.Linear(_WIDTH, _WIDTH)
-        case.initialize(hidden.weight)
-        nn.init.zeros_(hidden.bias)
-        layers += [hidden, case.activation()]
-    output = nn.Linear(_WIDTH, _CLASSES)
-    nn.init.xavier_normal_(output.weight)
-    nn.init.zeros_(output.bias)
-    return nn.Sequential(*layers, output)
+class Network(nn.Module):
+    """20 linear layers, 64 wide, with an activation after each but the last: digits in, logits out."""
+
+    def __init__(self, case: Case) -> None:
+        """Draw the weights from torch's global random state."""
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(_LAYERS - 1):
+            hidden = nn.Linear(_WIDTH, _WIDTH)
+            case.initialize(hidden.weight)
+            nn.init.zeros_(hidden.bias)
+            layers += [hidden, case.activation()]
+        output = nn.Linear(_WIDTH, _CLASSES)
+        nn.init.xavier_normal_(output.weight)
+        nn.init.zeros_(output.bias)
+        self.net = nn.Sequential(*layers, output)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits of shape ``[batch, 10]`` for inputs of shape ``[batch, 64]``."""
+        logits: Tensor = self.net(inputs)
+        return logits
 
 
 def train(
-    model: nn.Module,
+    model: Network,
     batches: Iterator[tuple[Tensor, Tensor]],
     on_finding: Callable[[Finding], object],
     advance: Callable[[], None],
 ) -> Diagnosis:
-    """Train a classifier in a plain loop under a guard.
+    """Train a network in a plain loop under a guard.
 
     Args:
-        model: Maps inputs to logits.
+        model: The network.
         batches: Inputs and labels, one pair per optimizer step.
         on_finding: Called when a finding begins.
         advance: Called after each step.
@@ -157,7 +166,7 @@ def train(
 
 
 def train_with_lightning(
-    model: nn.Module,
+    model: Network,
     batches: Iterator[tuple[Tensor, Tensor]],
     on_finding: Callable[[Finding], object],
     advance: Callable[[], None],
@@ -169,10 +178,10 @@ def train_with_lightning(
     """
     from gradguard.integrations._lightning_demo import fit
 
-    return fit(model, list(batches), learning_rate=_LEARNING_RATE, on_finding=on_finding, advance=advance)
+    return fit(model.net, list(batches), learning_rate=_LEARNING_RATE, on_finding=on_finding, advance=advance)
 
 
-def accuracy(model: nn.Module, digits: Digits) -> float:
+def accuracy(model: Network, digits: Digits) -> float:
     """Return the share of held-out digits that the model names correctly, 0 to 1."""
     with torch.no_grad():
         guesses = model(digits.held_out_inputs).argmax(dim=1)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from gradguard._demo import CASES, Case, accuracy, build, load_digits, train, train_with_lightning
+from gradguard._demo import CASES, Case, Network, accuracy, load_digits, train, train_with_lightning
 from gradguard.errors import GradGuardError
 from gradguard.findings import Diagnosis, Finding, Severity
 from gradguard.preflight import check
@@ -206,7 +206,7 @@ def run_demo(
         for case in CASES:
             task = bar.add_task(f"training the {case.label} network", total=steps)
             torch.manual_seed(seed)
-            model = build(case)
+            model = Network(case)
             batches = digits.batches(steps, seed=seed)
             diagnosis = fit(model, batches, _announcer(case, bar, shown=progress), partial(bar.advance, task))
             results.append((case, diagnosis, accuracy(model, digits)))

@@ -19,7 +19,7 @@ from gradguard._arguments import check_model, check_optimizers
 from gradguard._cadence import Cadence, FixedCadence
 from gradguard.config import GuardConfig
 from gradguard.errors import GradGuardWarning, UnsupportedModelError
-from gradguard.findings import Diagnosis
+from gradguard.findings import Diagnosis, Finding
 from gradguard.monitors._hooks import HookSet, StepHook
 from gradguard.observing import Observing
 
@@ -80,7 +80,29 @@ def watch(
         True
     """
     settings = (config if config is not None else GuardConfig()).with_overrides(**overrides)
-    optimizers = check_optimizers(optimizer)
+    return attach(model, check_optimizers(optimizer), settings, scaler=scaler)
+
+
+def attach(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    config: GuardConfig,
+    *,
+    scaler: Any = None,
+    cadence: Callable[[], Cadence] | None = None,
+) -> Guard:
+    """Do what :func:`watch` does, for integrations: with a cadence of their own.
+
+    Args:
+        model: See :func:`watch`.
+        optimizers: Torch optimizers, out of their wrappers.
+        config: Thresholds and cadence.
+        scaler: See :func:`watch`.
+        cadence: Makes the cadence of one optimizer; that of the configuration otherwise.
+
+    Raises:
+        UnsupportedModelError: See :func:`watch`.
+    """
     check_model(model, optimizers)
     known = _GUARDS.get(model)
     guard = known() if known is not None else None
@@ -92,7 +114,7 @@ def watch(
             "other optimizers at the same time. Call detach() on the first guard, or pass all in one call: "
             "gradguard.watch(model, [first, second])"
         )
-    return Guard(model, optimizers, settings, scaler=scaler)
+    return Guard(model, optimizers, config, scaler=scaler, cadence=cadence)
 
 
 class Guard:
@@ -108,7 +130,13 @@ class Guard:
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], config: GuardConfig, *, scaler: Any = None
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        config: GuardConfig,
+        *,
+        scaler: Any = None,
+        cadence: Callable[[], Cadence] | None = None,
     ) -> None:
         """Attach to a model; use :func:`watch`, which checks its arguments first."""
         self.config = config
@@ -118,10 +146,13 @@ class Guard:
         count = max(1, len(self._optimizers))
         self._observing = Observing(model, self._optimizers, config, on_failure=self._on_monitor_failure, scaler=scaler)
         self._cadences: list[Cadence] = [
-            FixedCadence(every=config.every, dense=config.dense_steps) for _ in range(count)
+            FixedCadence(every=config.every, dense=config.dense_steps) if cadence is None else cadence()
+            for _ in range(count)
         ]
         self._steps = [0] * count
         self._batches = 0
+        self._skipped = False
+        self._findings: tuple[Finding, ...] = ()
         self._hooks = HookSet()
         self._step_hooks = HookSet()
         self._waiting: deque[tuple[Tensor | float, str]] = deque(maxlen=_WAITING_LOSSES)
@@ -155,6 +186,46 @@ class Guard:
     def steps(self) -> int:
         """Optimizer steps seen, over all optimizers."""
         return sum(self._steps)
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """Optimizer steps seen, by optimizer."""
+        return tuple(self._steps)
+
+    @property
+    def observations(self) -> int:
+        """Observations made so far; asking costs nothing."""
+        return self._observing.history.observations
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Findings as they were judged after the newest observation; :meth:`diagnose` judges anew."""
+        return self._findings
+
+    def resume(self, step_counts: Sequence[int]) -> None:
+        """Go on counting where an earlier run stopped, and look more densely first, as at the start of a run.
+
+        Args:
+            step_counts: What :attr:`step_counts` was, one number per optimizer, each at least 0.
+
+        Raises:
+            ValueError: If there is not one number for each optimizer.
+        """
+        if len(step_counts) != len(self._steps):
+            raise ValueError(f"step_counts must have {len(self._steps)} entries, one per optimizer, got {step_counts!r}")
+        self._steps = list(step_counts)
+        for cadence, step in zip(self._cadences, self._steps, strict=True):
+            cadence.look_closer(step)
+        self.rearm()
+
+    def rearm(self) -> None:
+        """Ask the cadence again whether the coming step is due; for cadences that change their mind between steps."""
+        if self.attached:
+            self._arm_if_due()
+
+    def skip(self) -> None:
+        """Say that the coming step brings no gradients on purpose, so that nothing is read and nothing reported."""
+        self._skipped = True
 
     def record(self, loss: Tensor | float | None = None, *, name: str = "") -> None:
         """Read the gradients now if this step is to be observed. Call between ``backward`` and your clipping.
@@ -300,7 +371,7 @@ class Guard:
         return observed_closure
 
     def _read_at_step(self, index: int) -> None:
-        if not self._cadences[index].due(self._steps[index]):
+        if self._skipped or not self._cadences[index].due(self._steps[index]):
             return
         if not self._observing.has_read:
             if self._guarded("reading gradients", self._observing.read, before_clipping=False) is False:
@@ -319,6 +390,7 @@ class Guard:
         armed = due or self._armed()
         self._assign_losses(index)
         self._steps[index] += 1
+        self._skipped = False
         self._batches = max(self._batches, self._steps[index])
         record = None
         if due:
@@ -339,7 +411,8 @@ class Guard:
     def _announce(self, step: int) -> None:
         """Tell the user about findings that began with this observation."""
         started = self._tick()
-        news = self._alerts.news(self._guarded("judging", self._observing.findings) or [])
+        self._findings = self._guarded("judging", self._observing.findings) or ()
+        news = self._alerts.news(self._findings)
         if news:
             for cadence in self._cadences:
                 cadence.look_closer(step)

@@ -30,7 +30,7 @@ def fit(
     """Train a classifier through a Lightning Trainer, one optimizer step per batch.
 
     Args:
-        model: Maps inputs to logits.
+        model: Maps inputs to logits; its layers appear under ``net`` in the diagnosis.
         batches: Inputs and labels, in the order of the steps.
         learning_rate: That of Adam.
         on_finding: Called when a finding begins.

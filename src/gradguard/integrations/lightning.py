@@ -1,0 +1,413 @@
+"""The Lightning callback, for ``lightning.pytorch`` and ``pytorch_lightning`` alike.
+
+The class is made when it is first asked for: its bases are the ``Callback`` of whichever Lightning is imported by then,
+or of those that are installed. Importing this module imports neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal
+
+from gradguard._alerts import is_main_process
+from gradguard._arguments import check_optimizers
+from gradguard._cadence import FixedCadence
+from gradguard.config import GuardConfig
+from gradguard.errors import GradGuardError, GradGuardWarning, MissingExtraError, UnhealthyGradientsError
+from gradguard.guard import Guard, attach
+from gradguard.integrations._logging import LoggingCadence, LoggingSteps, log_values
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from gradguard.findings import Diagnosis, Finding
+
+__all__ = ["GradGuardCallback"]
+
+_NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+_ACTIONS = ("warn", "stop", "raise", "silent")
+_SHARING_INTERVAL = 50
+"""Batches between two agreements of a distributed run to stop, where the Trainer logs nothing. Ours: its default."""
+
+
+class _GradGuardHooks:
+    """What the callback does; :func:`_make_class` adds the bases.
+
+    Attributes:
+        guard: The guard of the present or last fit; ``None`` before.
+        diagnosis: The verdict on the last fit, also after an exception; ``None`` before. With ``ddp_spawn`` the
+            processes that train have it, not the one that called ``fit``.
+        config: Thresholds and cadence.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_finding: Literal["warn", "stop", "raise", "silent"] | Callable[[Finding], object] = "warn",
+        report: bool = True,
+        log: bool = True,
+        **overrides: Any,
+    ) -> None:
+        """Make a callback.
+
+        Args:
+            on_finding: What to do when a finding at ``WARNING`` or above begins: ``"warn"`` prints a line, ``"stop"``
+                prints it and ends the training after this batch, ``"raise"`` raises ``UnhealthyGradientsError``,
+                ``"silent"`` keeps it for the report, a callable is called with the ``Finding``.
+            report: Print a report when the fit ends, or fails.
+            log: Log at most ten numbers under ``gradguard/``. The steps that the Trainer logs are then observed as well.
+            **overrides: Further fields of :class:`gradguard.GuardConfig` by name, for instance ``every=10``.
+
+        Raises:
+            TypeError: If an option is unknown; the message names the closest one.
+            ValueError: If a value is out of range.
+        """
+        super().__init__()
+        if not callable(on_finding) and on_finding not in _ACTIONS:
+            raise ValueError(
+                f"on_finding must be one of {', '.join(map(repr, _ACTIONS))} or a callable taking a Finding, "
+                f"got {on_finding!r}"
+            )
+        self.config = GuardConfig().with_overrides(**overrides)
+        self.guard: Guard | None = None
+        self.diagnosis: Diagnosis | None = None
+        self._on_finding = on_finding
+        self._report = report
+        self._log = log
+        self._restored: dict[str, Any] = {}
+        self._announced: set[tuple[str, str]] = set()
+        self._begin()
+
+    # ----------------------------------------------------------------------------------------------------- lifecycle
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach: after the sanity check and the learning rate finder, when optimizers and counters are restored."""
+        self._detach()
+        self._begin()
+        self.diagnosis = None
+        self._safely("attaching", self._attach, trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Conclude and report."""
+        self._conclude(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Conclude and report what was observed so far; Lightning calls no ``teardown`` after an exception."""
+        self._conclude(trainer)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Remove every hook."""
+        self._detach()
+
+    # ----------------------------------------------------------------------------------------------------- observing
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Say whether the Trainer logs this step."""
+        self._read_for = None
+        guard = self._running()
+        if guard is None:
+            return
+        logs = self._log and bool(trainer.loggers) and _is_logging_step(trainer)
+        if logs != self._logging.now:
+            self._logging.now = logs
+            guard.rearm()
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Keep the loss as the user's code returned it: without the factors of accumulation and of a loss scaler."""
+        if self._running() is None:
+            return
+        value = loss.detach()
+        scale = getattr(_scaler(trainer), "_scale", None)
+        if scale is not None:
+            value = value / scale.to(value.device)
+        self._loss = value.clone() if self._loss is None else self._loss + value
+        self._backwards += 1
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
+        """Read the gradients: after accumulation and unscaling, before clipping."""
+        guard = self._running()
+        if guard is None:
+            return
+        key = (id(optimizer), guard.steps)
+        if key == self._read_for:  # a further evaluation of the closure, as with LBFGS
+            self._forget_loss()
+            return
+        self._read_for = key
+        automatic = pl_module.automatic_optimization
+        if automatic and not self._backwards:  # training_step returned None
+            guard.skip()
+            return
+        loss = self._loss
+        if automatic and loss is not None:  # Lightning divides each loss by their number
+            loss = loss * (trainer.accumulate_grad_batches / self._backwards)
+        self._forget_loss()
+        guard.record(loss=loss)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what was observed in this batch, and act on what was found."""
+        guard = self._running()
+        if guard is None:
+            return
+        if self._log:
+            self._safely("logging", self._log_observations, guard, pl_module)
+        self._act(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let a distributed run agree to stop."""
+        if self._running() is not None:
+            self._decide(trainer, pl_module, now=True)
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    @property
+    def state_key(self) -> str:
+        """The name under which a checkpoint holds the state."""
+        return "gradguard.GradGuardCallback"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, in plain types: step counters by optimizer, and what was announced.
+
+        Observations are not kept: a resumed run judges what it sees itself.
+        """
+        if self.guard is None:
+            return dict(self._restored)
+        standing = {(finding.code, finding.optimizer) for finding in self.guard.findings if finding.standing}
+        return {
+            "version": 1,
+            "step_counts": list(self.guard.step_counts),
+            "announced": [list(key) for key in sorted(standing & self._announced)],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint for the fit that follows."""
+        self._restored = dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a run: hooks, optimizers and tensors. A copy starts anew."""
+        state = {**self.__dict__, "_restored": self.state_dict(), "guard": None}
+        for name in ("_logging", "_news", "_loss"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy."""
+        self.__dict__.update(state)
+        self._begin()
+
+    # ------------------------------------------------------------------------------------------------------- private
+
+    def _begin(self) -> None:
+        self._logging = LoggingSteps()
+        self._news: list[Finding] = []
+        self._logged = 0
+        self._logged_names: set[str] = set()
+        self._read_for: tuple[int, int] | None = None
+        self._reason: str | None = None
+        self._forget_loss()
+
+    def _forget_loss(self) -> None:
+        self._loss: Tensor | None = None
+        self._backwards = 0
+
+    def _running(self) -> Guard | None:
+        return self.guard if self.guard is not None and self.guard.attached else None
+
+    def _attach(self, trainer: Any, pl_module: nn.Module) -> None:
+        restored, self._restored = self._restored, {}
+        self.guard = None
+        self._announced = {(code, optimizer) for code, optimizer in restored.get("announced", [])}
+        self._known = set(self._announced)
+        ids = {id(parameter) for parameter in pl_module.parameters()}
+        optimizers = [
+            optimizer
+            for optimizer in check_optimizers(trainer.optimizers)
+            if any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
+        ]
+        if not optimizers:
+            raise GradGuardError(
+                f"no optimizer holds parameters of this {type(pl_module).__name__}, so there are no steps to observe. "
+                "Return one from configure_optimizers()"
+            )
+        config = self.config
+        start = restored.get("step_counts", [])
+        if len(start) != len(optimizers):
+            start = [trainer.global_step] if len(optimizers) == 1 else [0] * len(optimizers)
+        self.guard = attach(
+            pl_module,
+            optimizers,
+            config.with_overrides(on_finding=self._news_of),
+            scaler=_scaler(trainer),
+            cadence=lambda: LoggingCadence(
+                FixedCadence(every=config.every, dense=config.dense_steps), self._logging
+            ),
+        )
+        self._optimizer_count = len(optimizers)
+        if any(start):
+            self.guard.resume(start)
+
+    def _news_of(self, finding: Finding) -> None:
+        key = (finding.code, finding.optimizer)
+        self._announced.add(key)
+        if key in self._known:  # announced before the run was resumed
+            self._known.discard(key)
+        else:
+            self._news.append(finding)
+
+    def _log_observations(self, guard: Guard, pl_module: Any) -> None:
+        count = guard.observations - self._logged
+        if not count:
+            return
+        self._logged += count
+        values = log_values(
+            guard.history.records[-count:],
+            guard.findings,
+            config=self.config,
+            optimizer_count=self._optimizer_count,
+            overhead=guard.overhead,
+        )
+        # A name is logged from its first known value on, and then always, so that no row repeats an old value.
+        self._logged_names.update(name for name, value in values.items() if not math.isnan(value))
+        chosen = {f"gradguard/{name}": value for name, value in values.items() if name in self._logged_names}
+        pl_module.log_dict(chosen, prog_bar=False, logger=True, on_step=True, on_epoch=False)
+
+    def _act(self, trainer: Any, pl_module: Any) -> None:
+        news, self._news = self._news, []
+        action = self._on_finding
+        for finding in news:
+            if callable(action):
+                action(finding)
+                continue
+            line = f"gradguard: step {finding.step}: {finding.code} {finding.name}: {finding.message}"
+            if action in ("warn", "stop"):
+                pl_module.print(line)
+            if action in ("stop", "raise") and self._reason is None:
+                self._reason = line if action == "raise" else f"{finding.code} {finding.name}"
+        self._decide(trainer, pl_module, now=_is_logging_step(trainer))
+
+    def _decide(self, trainer: Any, pl_module: Any, *, now: bool) -> None:
+        """Stop or raise where there is a reason. In a distributed run all processes do, at a step that all agree on."""
+        if self._on_finding not in ("stop", "raise"):
+            return
+        reason = self._reason
+        if trainer.world_size > 1:
+            if not now or not trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
+                return
+            reason = reason or "a finding on another process"
+        elif reason is None:
+            return
+        self._reason = None
+        if self._on_finding == "raise":
+            raise UnhealthyGradientsError(reason)
+        pl_module.print(f'gradguard: stopping the training, because of {reason} and on_finding="stop"')
+        trainer.should_stop = True
+
+    def _conclude(self, trainer: Any) -> None:
+        guard = self._running()
+        if guard is None:
+            return
+        self._safely("diagnosing", self._diagnose, guard)
+        self._detach()
+        if self._report and self.diagnosis is not None and is_main_process():
+            self._safely("reporting", _print_report, trainer, self.diagnosis)
+
+    def _diagnose(self, guard: Guard) -> None:
+        self.diagnosis = guard.diagnose()
+
+    def _detach(self) -> None:
+        if self.guard is not None:
+            self.guard.detach()
+        self._forget_loss()
+
+    def _safely(self, what: str, action: Callable[..., None], *args: Any) -> None:
+        """Run something of ours so that no failure of it reaches the user's run."""
+        try:
+            action(*args)
+        except Exception as error:
+            if self.config.on_error == "raise":
+                raise
+            why = str(error) if isinstance(error, GradGuardError) else f"{type(error).__name__}: {error}"
+            warnings.warn(f"gradguard: {what} failed; training goes on. {why}", GradGuardWarning, stacklevel=3)
+
+
+def _scaler(trainer: Any) -> Any:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def _is_logging_step(trainer: Any) -> bool:
+    """Whether the Trainer logs at the end of this batch, as far as can be known at its start."""
+    interval = trainer.log_every_n_steps or _SHARING_INTERVAL
+    stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+    return bool((stepped + 1) % interval == 0)
+
+
+def _print_report(trainer: Any, diagnosis: Diagnosis) -> None:
+    from rich.console import Console
+
+    from gradguard.report.console import print_report
+
+    _close_bars(trainer.progress_bar_callback)
+    print_report(diagnosis, Console())
+
+
+def _close_bars(callback: Any) -> None:
+    """Close Lightning's progress bars, which it does later, or after an exception not at all."""
+    for name, close in (("progress", "stop"), ("train_progress_bar", "close"), ("val_progress_bar", "close")):
+        with suppress(Exception):  # bars that were never opened, or are the user's own
+            getattr(getattr(callback, name), close)()
+
+
+def _make_class() -> type:
+    bases = tuple(importlib.import_module(name).Callback for name in _namespaces())
+    body = {
+        "__doc__": _GradGuardHooks.__doc__,
+        "__module__": __name__,
+        "__qualname__": "GradGuardCallback",
+    }
+    return type("GradGuardCallback", (_GradGuardHooks, *bases), body)
+
+
+def _namespaces() -> list[str]:
+    """Return the Lightnings that are imported, else those that are installed."""
+    imported = [name for name in _NAMESPACES if name in sys.modules]
+    if imported:
+        return imported
+    installed = []
+    for name in _NAMESPACES:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name not in (name, name.partition(".")[0]):
+                raise
+        else:
+            installed.append(name)
+    if not installed:
+        raise MissingExtraError(
+            "GradGuardCallback needs Lightning, which is not installed. "
+            "Install the extra: pip install 'gradguard[lightning]'"
+        )
+    return installed
+
+
+if TYPE_CHECKING:
+    import lightning.pytorch
+    import pytorch_lightning
+
+    class GradGuardCallback(  # type: ignore[misc]  # the two Callbacks name each their own Trainer
+        _GradGuardHooks, lightning.pytorch.Callback, pytorch_lightning.Callback
+    ):
+        """Watch a Lightning run: ``Trainer(callbacks=[GradGuardCallback()])``."""
+
+else:
+
+    def __getattr__(name: str) -> object:
+        """Make the class when it is first used, and keep it."""
+        if name != "GradGuardCallback":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        return globals().setdefault(name, _make_class())
