@@ -235,6 +235,16 @@ def test_a_span_that_hovers_at_the_limit_stays_one_finding() -> None:
     assert (finding.step, finding.resolved_step) == (0, None)
 
 
+@pytest.mark.parametrize(
+    ("losses", "severity"), [(flat(101), Severity.WARNING), (falling(101, 2.3, 2.0), Severity.INFO)]
+)
+def test_a_span_that_has_come_back_within_the_warning_counts_only_where_the_loss_is_stuck(
+    losses: list[float], severity: Severity
+) -> None:
+    """From 4 decades to 2.2: on its way back, if the loss says so."""
+    assert only(decaying(lambda step: 0.6 if step < 50 else 0.75, losses=losses)).severity is severity
+
+
 def test_a_vanishing_gradient_in_a_net_that_learns_is_no_alarm_under_adam() -> None:
     """Adam divides the scale out: a loss that has clearly fallen leaves nothing to worry about."""
     learnt = decaying(0.6, adaptive=True, losses=falling(101))
@@ -336,6 +346,7 @@ def test_sigmoid_derivatives_are_the_cause_of_a_deep_sigmoid_net() -> None:
     [
         ("ReLU", 0.577, 0.408, Cause.WEIGHT_SCALE),
         ("ReLU", 0.707, 0.5, Cause.WEIGHT_SCALE),
+        ("ReLU", 0.9, 0.636, Cause.WEIGHT_SCALE),
         ("Tanh", 0.577, 0.54, Cause.WEIGHT_SCALE),
         ("GELU", 0.577, 0.39, Cause.WEIGHT_SCALE),
         ("Sigmoid", 0.577, 0.144, Cause.ACTIVATION_DERIVATIVE),
@@ -403,6 +414,11 @@ def test_a_uniform_decay_names_all_layers_and_a_typical_one() -> None:
 
     assert finding.layers == tuple(str(i) for i in range(0, 39, 2))
     assert finding.layer in finding.layers
+
+
+def test_layers_that_all_lose_much_have_no_culprit_among_them() -> None:
+    """Four layers of 1.5 decades each: a third of the span, and like all the others."""
+    assert "culprit_gain" not in only(chain(gain=0.03, layers=4)).evidence
 
 
 def test_a_branch_that_loses_much_is_no_culprit_while_the_trunk_goes_on() -> None:

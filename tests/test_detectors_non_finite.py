@@ -187,6 +187,14 @@ def test_gradients_of_parameters_alone_still_make_a_finding() -> None:
 CORRUPT = {"weight_norm": {2: INF}, "weight_max_abs": {2: NAN}}
 
 
+def test_an_infinity_that_the_forward_pass_masked_does_its_harm_in_the_backward_pass() -> None:
+    """``where(mask, log(x), 0)``: the loss is finite, the gradient of the log is not."""
+    layers = {**backward_from(2), "forward_rms": {3: INF}, "forward_max_abs": {3: INF}}
+    finding = only(from_step(healthy(losses=flat(101)), 5, layers=layers, parameters=ALL_GRADIENTS))
+
+    assert (finding.code, finding.layer) == ("GG203", "3")
+
+
 def test_corrupt_weights_at_the_start() -> None:
     """A checkpoint with a NaN in it: nothing else need be asked."""
     finding = only(from_step(healthy(), 0, parameters=CORRUPT, layers=FORWARD_FROM[2], loss=NAN))
@@ -266,7 +274,9 @@ MASK = {"forward_rms": {3: INF}, "forward_max_abs": {3: INF}}
         lambda: from_step(healthy(losses=flat(101)), 5, parameters={"grad_norm": {2: INF}, "weight_norm": {0: INF}}),
         lambda: from_step(healthy(losses=flat(101)), 5, parameters={"grad_norm": {2: NAN}, "grad_max_abs": {2: NAN}}),
         lambda: from_step(healthy(), 5, parameters=ALL_GRADIENTS, skipped=1.0),
-        lambda: from_step(healthy(), 5, parameters=ALL_GRADIENTS, loss=INF, skipped=1.0),
+        lambda: from_step(
+            healthy(losses=[*flat(5), INF, *flat(95)]), 5, parameters=ALL_GRADIENTS, loss=INF, skipped=1.0, until=6
+        ),
     ],
     ids=["healthy", "mask of -inf", "delta overflow", "norm overflow", "absent gradient", "skipped", "skipped, loss"],
 )

@@ -228,9 +228,10 @@ def test_far_inputs_are_the_cause_where_they_are_far() -> None:
         lambda: saturated(tanh(losses=flat(201)), 0.4, 0.1, 3),
         lambda: saturated(tanh(losses=flat(201)), 0.9, 0.1, 3, at=lambda step: step in {0, 1, 5, 20}),
         lambda: saturated(tanh(losses=flat(201)), 0.9, 0.1, 3, at=lambda step: step < 100),
+        lambda: saturated(tanh(losses=flat(201)), 0.9, 0.1, 3, at=lambda step: step >= 150),
         lambda: chain(layers=6, activation="ReLU", losses=flat(101)),
     ],
-    ids=["healthy", "fallen", "falling", "gradient passes", "few units", "flickering", "over", "relu"],
+    ids=["healthy", "fallen", "falling", "gradient passes", "few units", "flickering", "over", "new", "relu"],
 )
 def test_saturation_that_costs_nothing_is_no_finding(build: Callable[[], History]) -> None:
     """Trained tanh nets hold saturated units in good health."""

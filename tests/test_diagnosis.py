@@ -90,7 +90,7 @@ def test_one_illness_is_primary_and_the_other_follows(root: Finding, consequence
         (found("GG101", 0), found("GG503", 0, cause=Cause.WIRING)),
         (found("GG501", 0), found("GG201", 9, cause=Cause.DATA)),
         (found("GG101", 0, Severity.INFO), found("GG502", 0)),
-        (found("GG301", 0, Severity.WARNING), found("GG104", 0)),
+        (found("GG301", 0, Severity.WARNING), found("GG502", 5)),
         (found("GG204", 9), found("GG101", 0)),
         (found("GG101", 0, optimizer="generator"), found("GG502", 0, optimizer="discriminator")),
     ],

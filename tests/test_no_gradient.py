@@ -130,6 +130,33 @@ def test_an_unused_module_counts_by_its_size(layers: int, severity: Severity) ->
     assert finding.evidence["kind"].value == "unused"
 
 
+@pytest.mark.parametrize(("layers", "severity"), [(6, Severity.WARNING), (30, Severity.INFO)])
+def test_a_head_whose_output_is_not_used_counts_by_its_size(layers: int, severity: Severity) -> None:
+    """A pooler runs and nobody asks for its output: the trunk before it learns, so nothing is cut off."""
+    finding = only(without_gradient(net(layers=layers), {"8"}))
+
+    assert finding.severity is severity
+    assert finding.evidence["kind"].value == "output unused"
+    assert finding.message.startswith("8.weight and 8.bias are trainable but took no part in the loss")
+
+
+def test_modules_that_start_to_be_passed_over_are_a_matter_of_routing() -> None:
+    """An expert that got its examples, and gets none for eight observations: INFO, however large."""
+    history = without_gradient(net(steps=range(20)), {"4"}, ran=False, at=lambda step: step >= 10)
+
+    assert only(history).severity is Severity.INFO
+
+
+def test_modules_that_are_missing_for_one_reason_make_one_finding() -> None:
+    """Two experts passed over, one since step 8 and one since step 10."""
+    history = without_gradient(net(steps=range(20), layers=10), {"4"}, ran=False, at=lambda step: step >= 8)
+    history = without_gradient(history, {"4", "8"}, ran=False, at=lambda step: step >= 10)
+    finding = only(history)
+
+    assert finding.layers == ("4.weight", "4.bias", "8.weight", "8.bias")
+    assert (finding.step, finding.last_step) == (8, 19)
+
+
 def test_a_single_unused_parameter_is_info() -> None:
     """A mask token whose module ran and got its gradient."""
 
@@ -245,6 +272,12 @@ def test_an_operation_without_slope_cuts_the_gradient_off() -> None:
     assert {item.cause for item in finding.ruled_out} == {Cause.DEAD_UNITS, Cause.PRECISION}
 
 
+def test_a_cut_is_looked_at_again_after_the_first_steps() -> None:
+    """Before step 5 it may be an initialization with zeros that nobody can see."""
+    assert find_missing_gradients(with_zeros(net(steps=(0, 1, 2)), PREFIX), CONFIG) == []
+    assert only(with_zeros(net(steps=(0, 1, 2, 5, 10)), PREFIX)).step == 5
+
+
 def test_a_cut_between_two_modules_is_placed_before_the_next_one() -> None:
     """The next layer's input still has a gradient: plain code lost it."""
     finding = only(with_layer(with_zeros(net(), PREFIX), "input_delta_norm", 6, 0.1))
@@ -345,6 +378,6 @@ def test_a_loss_without_a_slope_is_an_error() -> None:
 
 def test_a_loss_at_its_minimum_is_no_illness() -> None:
     """A hinge loss that is satisfied gives no gradient either, later in the run."""
-    late = with_zeros(net(losses=falling(101)), range(11), at=lambda step: step >= 20)
-
-    assert find_missing_gradients(late, CONFIG) == []
+    for losses in (falling(101), []):
+        late = with_zeros(net(losses=losses), range(11), at=lambda step: step >= 20)
+        assert find_missing_gradients(late, CONFIG) == []

@@ -131,10 +131,10 @@ def sick(
     **fields: Any,
 ) -> Case:
     """Return a sick case; ``also`` names further families that are right answers. See :class:`Case`."""
-    from gradguard.rules import rule
+    from gradguard.rules import RULES
 
     return Case(
-        name=name, build=build, about=about, code=code, twin=twin, accepted=(rule(code).family, *also), **fields
+        name=name, build=build, about=about, code=code, twin=twin, accepted=(RULES[code].family, *also), **fields
     )
 
 

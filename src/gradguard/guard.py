@@ -212,7 +212,9 @@ class Guard:
             ValueError: If there is not one number for each optimizer.
         """
         if len(step_counts) != len(self._steps):
-            raise ValueError(f"step_counts must have {len(self._steps)} entries, one per optimizer, got {step_counts!r}")
+            raise ValueError(
+                f"step_counts must have {len(self._steps)} entries, one per optimizer, got {step_counts!r}"
+            )
         self._steps = list(step_counts)
         for cadence, step in zip(self._cadences, self._steps, strict=True):
             cadence.look_closer(step)

@@ -325,7 +325,7 @@ def _names(finding: Finding) -> tuple[str, ...]:
     kind = finding.evidence.get("kind")
     names = _CURES.get((finding.code, finding.cause), _CURES.get((finding.code, None), ()))
     if finding.code == "GG104" and kind is not None:
-        names = ("remove-detach", "freeze-module") if kind.value == "detached" else ("freeze",)
+        names = ("freeze",) if kind.value == "unused" else ("remove-detach", "freeze-module")
     if not finding.layer:
         names = tuple(name for name in names if name != "freeze-module")
     if _activation(finding) in _ZERO_CENTRED:

@@ -1,7 +1,6 @@
-"""``python -m gradguard.cli`` does what ``gradguard`` does."""
-
-from __future__ import annotations
+"""``python -m gradguard.cli``: the command line without the installed script."""
 
 from gradguard.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

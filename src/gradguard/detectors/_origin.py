@@ -58,13 +58,14 @@ def bad_gradients(record: StepRecord) -> BoolArray:
     return is_bad(parameter_column(record, "grad_norm"), parameter_column(record, "grad_max_abs"))
 
 
-def locate(history: History, index: int, *, loss_bad: bool) -> Origin:
+def locate(history: History, index: int, *, loss_bad: bool | None) -> Origin:
     """Return the first place at which an observation's numbers are not finite.
 
     Args:
         history: Records of one optimizer; observations before ``index`` are healthy.
         index: The observation to explain.
-        loss_bad: Whether its loss is known not to be finite.
+        loss_bad: Whether its loss is not finite; ``None`` where it is not known. With a finite loss what is not finite
+            in the forward pass was masked there, and the backward pass is where it did harm.
 
     Source: pitfalls.md, section 4: parameters, then input, then forward pass, then loss, then backward pass.
     """
@@ -73,7 +74,7 @@ def locate(history: History, index: int, *, loss_bad: bool) -> Origin:
     if parameters.any():
         return _in_parameters(record, parameters)
     forward = _forward_bad(history, index)
-    if forward.any() and (loss_bad or _backward_shows(record)):
+    if forward.any() and loss_bad is not False:
         return _in_forward(history, index, forward)
     if loss_bad and not len(record.layers):
         return Origin(
@@ -173,11 +174,6 @@ def _forward_cause(history: History, index: int, row: int) -> Cause:
     if overflow and role in {"affine", "recurrent", "attention", "embedding"}:
         return Cause.WEIGHT_SCALE
     return Cause.OPERATION
-
-
-def _backward_shows(record: StepRecord) -> bool:
-    deltas = is_bad(column(record, "delta_norm"), column(record, "delta_max_abs"))
-    return bool(deltas.any() or bad_gradients(record).any())
 
 
 def _in_backward(record: StepRecord) -> Origin:

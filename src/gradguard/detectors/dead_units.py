@@ -93,9 +93,7 @@ def _lasting(history: History, config: GuardConfig, episode: Episode | None) -> 
 
 
 def _settled(history: History, config: GuardConfig, proven: FloatArray) -> BoolArray:
-    """Return the observations by which dead units could have been proven, were there any."""
-    if history.info.preflight:
-        return np.zeros(len(history), dtype=np.bool_)
+    """Return the observations by which dead units could have been proven, were there any; a check has none."""
     enough = history.steps - history.steps[0] >= config.dead_patience_steps
     return np.asarray(enough & ~np.isnan(proven), dtype=np.bool_)
 

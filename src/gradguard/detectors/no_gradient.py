@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from gradguard.config import GuardConfig
+from gradguard.detectors._absent import find_absent, share_of
 from gradguard.detectors._depth import TRUNK_ROLES
 from gradguard.detectors._episodes import BoolArray, last_episode
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import Trend, loss_progress
-from gradguard.detectors._numbers import names_text, percent, signal
+from gradguard.detectors._numbers import names_text, signal
 from gradguard.detectors._zeros import ZeroOwner, Zeros, zero_pattern
 from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
 from gradguard.history import History
@@ -24,39 +24,22 @@ _SETTLING_STEPS = 5
 """Optimizer steps after which zero-initialized branches must have come alive. Source: architecture.md, section 3;
 ours."""
 
-_UNSEEN_PATIENCE = 6
-"""Observations of a run without a module's taking part before it counts as unused. Ours: stochastic depth that drops
-every second block skips a given one six times in a row in 1 of 64 runs; heads that take turns show up by then."""
-
-_GONE_PATIENCE = 4
-"""Times ``growth_patience`` for which a gradient must stay away that used to come. Ours: stochastic depth with a
-survival rate of 1/2 skips a block eight times in a row once in 256 observations."""
-
-_MOST = 0.5
-"""Share of the trainable entries from which a cut is an error. Ours: most of the model does not learn."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Missing:
-    """Parameters that lack a gradient now, and since when."""
-
-    rows: tuple[int, ...]
-    first: int
-    last: int
-    resolved: int | None
+_BRANCH_PATIENCE = 6
+"""Observations for which a branch must stay at zero. Ours: as for modules that do not run."""
 
 
 def find_missing_gradients(history: History, config: GuardConfig) -> Sequence[Finding]:
     """Find trainable parameters at which no gradient arrives.
 
-    What is absent (``.grad`` is ``None``) splits by what its module did. It ran, and nothing came back to its output:
-    detached, a warning, an error from half of the trainable entries on. It took no part in the forward pass: unused,
-    INFO below ``unused_fraction`` of the trainable entries. Exact zeros count where no dead or saturated layer, no
-    underflow and no zero-initialized module owns them.
+    What is absent (``.grad`` is ``None``) splits by what its module did. It ran before everything that a gradient
+    reached, and nothing came back: the trunk is cut, a warning, an error from half of the trainable entries on. It ran
+    beside the trunk, or took no part in the forward pass: unused, INFO below ``unused_fraction`` of the trainable
+    entries. Exact zeros count where no dead or saturated layer, no underflow and no zero-initialized module owns them.
 
-    A detached part must recur for ``growth_patience`` observations, an unused one for six, one whose gradient used to
-    come for longer; a check before the first step speaks after one. Where *no* gradient was read in a run, it was read
-    at the wrong moment: that is no finding, and the diagnosis says so.
+    What ran must recur for ``growth_patience`` observations, what did not run for six. A gradient that used to come
+    must stay away for longer; if its module does not even run any more, that is a matter of routing, and INFO. A check
+    before the first step speaks after one look. Where *no* gradient was read in a run, it was read at the wrong moment:
+    that is no finding, and the diagnosis says so.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``absent``, ``grad_norm``, ``delta_norm``.
@@ -68,7 +51,7 @@ def find_missing_gradients(history: History, config: GuardConfig) -> Sequence[Fi
         return []
     if _nothing_arrived(history):
         return [_independent_loss(history)] if history.info.preflight else []
-    findings = [*_absent(history, config), *_zeros(history, config)]
+    findings = [*find_absent(history, config), *_zeros(history, config)]
     return sorted(findings, key=lambda finding: -finding.severity)
 
 
@@ -91,121 +74,6 @@ def _independent_loss(history: History) -> Finding:
         confidence=0.95,
         evidence={"parameters": Evidence(value=len(names), unit="parameters")},
     )
-
-
-def _absent(history: History, config: GuardConfig) -> list[Finding]:
-    absent = history.parameter("absent") == 1.0
-    if not absent.any():
-        return []
-    arrived = ~np.isnan(history.parameter("grad_norm"))
-    detached = absent & _module_ran(history) & ~_module_reached(history)
-    cut = {history.parameters.layers[row] for row in np.flatnonzero(detached.any(axis=0))}
-    groups: dict[tuple[str, int, int, int | None], list[int]] = {}
-    for row in (int(i) for i in np.flatnonzero(absent.any(axis=0))):
-        kind = "detached" if detached[:, row].any() or _contains_any(history.parameters.layers[row], cut) else "unused"
-        patience = config.growth_patience if kind == "detached" else max(_UNSEEN_PATIENCE, config.growth_patience)
-        known = absent[:, row] | arrived[:, row]
-        episode = last_episode(absent[:, row], known=known, patience=1 if history.info.preflight else patience)
-        if episode is None:
-            continue
-        came_before = arrived[: episode.first, row].any()
-        if not came_before or episode.count >= _GONE_PATIENCE * config.growth_patience:
-            groups.setdefault((kind, episode.first, episode.last, episode.resolved), []).append(row)
-    return [
-        _absent_finding(history, config, kind, _Missing(rows=tuple(rows), first=first, last=last, resolved=resolved))
-        for (kind, first, last, resolved), rows in groups.items()
-    ]
-
-
-def _contains_any(layer: str, modules: set[str]) -> bool:
-    """Whether a parameter sits on a container of modules that were cut off, as a position embedding does."""
-    prefix = f"{layer}." if layer else ""
-    return any(module != layer and module.startswith(prefix) for module in modules)
-
-
-def _owner_rows(history: History) -> list[list[int]]:
-    """Return, per parameter, the layer rows of its module, or of what the module contains where it has no row."""
-    names = history.layers.names
-    position = {name: row for row, name in enumerate(names)}
-    owners = []
-    for layer in history.parameters.layers:
-        prefix = f"{layer}." if layer else ""
-        inside = [row for name, row in position.items() if name.startswith(prefix)]
-        owners.append([position[layer]] if layer in position else inside)
-    return owners
-
-
-def _module_ran(history: History) -> BoolArray:
-    """Return whether a parameter's module was called with gradients enabled, shape ``[observations, parameters]``."""
-    calls = history.layer("calls") > 0.0
-    return _any_of(calls, _owner_rows(history))
-
-
-def _module_reached(history: History) -> BoolArray:
-    """Return whether a gradient came back to its module's output, shape ``[observations, parameters]``."""
-    return _any_of(~np.isnan(history.layer("delta_norm")), _owner_rows(history))
-
-
-def _any_of(mask: BoolArray, owners: list[list[int]]) -> BoolArray:
-    result = np.zeros((len(mask), len(owners)), dtype=np.bool_)
-    for row, layers in enumerate(owners):
-        result[:, row] = mask[:, layers].any(axis=1) if layers else False
-    return result
-
-
-def _absent_finding(history: History, config: GuardConfig, kind: str, missing: _Missing) -> Finding:
-    table = history.parameters
-    steps = history.steps.astype(np.int64)
-    names = tuple(table.names[row] for row in missing.rows)
-    share = _share(history, missing.rows, missing.last)
-    detached = kind == "detached"
-    modules = _in_order(history, tuple(dict.fromkeys(table.layers[row] for row in missing.rows)))
-    if detached:
-        where = names_text(modules[-1:])
-        message = (
-            f"No gradient comes back to {where}: its output is cut off from the loss, and {percent(share)} of the "
-            f"trainable entries ({len(names)} parameters) get no gradient."
-        )
-        severity = Severity.ERROR if share >= _MOST else Severity.WARNING
-    else:
-        message = (
-            f"{names_text(names)} {'is' if len(names) == 1 else 'are'} trainable but took no part in the loss: "
-            f"{percent(share)} of the trainable entries get no gradient."
-        )
-        severity = Severity.WARNING if share >= config.unused_fraction else Severity.INFO
-    return make_finding(
-        "GG104",
-        severity if missing.resolved is None else Severity.INFO,
-        message,
-        step=int(steps[missing.first]),
-        last_step=int(steps[missing.last]),
-        resolved_step=None if missing.resolved is None else int(steps[missing.resolved]),
-        layer=modules[-1] if detached else (names[0] if len(names) == 1 else modules[0]),
-        layers=modules if detached else names,
-        cause=Cause.WIRING,
-        confidence=0.9 if detached else 0.8,
-        evidence={
-            "share": Evidence(value=share, unit="fraction", note="of the trainable entries"),
-            "parameters": Evidence(value=len(names), unit="parameters"),
-            "kind": Evidence(
-                value=kind, note="the module ran" if detached else "its module did not run, or not with it"
-            ),
-        },
-        ruled_out=(RuledOut(cause=Cause.PRECISION, reason="the gradient is absent (None), not zero"),),
-    )
-
-
-def _share(history: History, rows: tuple[int, ...], index: int) -> float:
-    trainable = history.parameter("trainable")[index] != 0.0
-    sizes = np.array(history.parameters.sizes, dtype=np.float64)
-    total = float(sizes[trainable].sum())
-    return float(sizes[list(rows)].sum()) / total if total else 1.0
-
-
-def _in_order(history: History, modules: tuple[str, ...]) -> tuple[str, ...]:
-    """Return modules in execution order where it is known; the others first."""
-    order = {name: row for row, name in enumerate(history.layers.names)}
-    return tuple(sorted(modules, key=lambda name: order.get(name, -1)))
 
 
 def _zeros(history: History, config: GuardConfig) -> list[Finding]:
@@ -304,13 +172,13 @@ def _dead_branch(history: History, config: GuardConfig, patterns: list[Zeros]) -
     if history.info.preflight:
         return None
     mask = _mask(patterns, ZeroOwner.BETWEEN)
-    episode = last_episode(mask & _settled(history), holds=mask, patience=_UNSEEN_PATIENCE)
+    episode = last_episode(mask & _settled(history), holds=mask, patience=_BRANCH_PATIENCE)
     if episode is None or not episode.standing:
         return None
     record = history.records[episode.last]
     names = tuple(record.layers.names[row] for row in patterns[episode.last].rows)
     rows = tuple(i for i, layer in enumerate(history.parameters.layers) if layer in names)
-    share = _share(history, rows, episode.last)
+    share = share_of(history, rows, episode.last)
     if _is_dead(history, episode.last, patterns[episode.last]):
         return None
     steps = history.steps.astype(np.int64)

@@ -113,10 +113,12 @@ def _shows(history: History, lost_steps: FloatArray) -> BoolArray:
     return weights.any(axis=1) | gradients.any(axis=1) | np.isin(history.steps, lost_steps) | own_loss
 
 
-def _loss_bad(history: History, record: StepRecord) -> bool:
-    """Whether the loss of an observation is known not to be finite."""
+def _loss_bad(history: History, record: StepRecord) -> bool | None:
+    """Whether the loss of an observation is not finite; ``None`` where it is not known."""
     steps, losses = history.losses
     own = losses[steps == record.step]
+    if not own.size and "loss" not in record.scalars:
+        return None
     return bool((~np.isfinite(own)).any()) or not math.isfinite(record.scalars.get("loss", 0.0))
 
 

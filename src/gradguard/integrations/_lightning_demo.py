@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from gradguard.errors import MissingExtraError
+from gradguard.errors import MissingExtraError, NothingObservedError
 from gradguard.findings import Diagnosis, Finding
 
 __all__ = ["fit"]
@@ -41,6 +42,7 @@ def fit(
 
     Raises:
         MissingExtraError: If no Lightning is installed.
+        NothingObservedError: If the Trainer took no step, for instance because of an interrupt.
     """
     pl = _namespace()
     from gradguard.integrations.lightning import GradGuardCallback
@@ -70,9 +72,24 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(Classifier(), batches)
-    diagnosis: Diagnosis = callback.diagnosis
-    return diagnosis
+        # A bare list would count as a collection of data loaders.
+        trainer.fit(Classifier(), DataLoader(_Batches(batches), batch_size=None))
+    if callback.diagnosis is None:
+        raise NothingObservedError("the Trainer ended without a single step, so there is nothing to report")
+    return callback.diagnosis
+
+
+class _Batches(Dataset[tuple[Tensor, Tensor]]):
+    """Batches made in advance, in order."""
+
+    def __init__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.batches[index]
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 def _namespace() -> Any:

@@ -115,9 +115,7 @@ def log_values(
     ratios = [float(ratio_quantile(matrix_ratios(part), 0.5)[-1]) for part in parts]
     values["update_ratio_log10"] = _worst([math.log10(ratio) if ratio > 0.0 else math.nan for ratio in ratios])
     values["dead_fraction"] = _largest([unit_shares(part, "dead_fraction") for part in parts])
-    standing = [
-        f for f in findings if f.standing and f.consequence_of is None and f.severity >= Severity.WARNING
-    ]
+    standing = [f for f in findings if f.standing and f.consequence_of is None and f.severity >= Severity.WARNING]
     values["findings"] = float(len(standing))
     values["overhead_fraction"] = overhead
     return values

@@ -10,11 +10,10 @@ import importlib
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradguard._alerts import is_main_process
 from gradguard._arguments import check_optimizers
 from gradguard._cadence import FixedCadence
 from gradguard.config import GuardConfig
@@ -46,6 +45,11 @@ class _GradGuardHooks:
         config: Thresholds and cadence.
     """
 
+    _loss: Tensor | None
+    _backwards: int
+    _read_for: tuple[int, int] | None
+    _reason: str | None
+
     def __init__(
         self,
         *,
@@ -61,7 +65,7 @@ class _GradGuardHooks:
                 prints it and ends the training after this batch, ``"raise"`` raises ``UnhealthyGradientsError``,
                 ``"silent"`` keeps it for the report, a callable is called with the ``Finding``.
             report: Print a report when the fit ends, or fails.
-            log: Log at most ten numbers under ``gradguard/``. The steps that the Trainer logs are then observed as well.
+            log: Log at most ten numbers under ``gradguard/``. The steps that the Trainer logs are observed then, too.
             **overrides: Further fields of :class:`gradguard.GuardConfig` by name, for instance ``every=10``.
 
         Raises:
@@ -189,10 +193,16 @@ class _GradGuardHooks:
         self._restored = dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to a run: hooks, optimizers and tensors. A copy starts anew."""
-        state = {**self.__dict__, "_restored": self.state_dict(), "guard": None}
-        for name in ("_logging", "_news", "_loss"):
-            del state[name]
+        """Leave out what belongs to a run: hooks, optimizers, tensors and the verdict. A copy starts anew."""
+        state = {**self.__dict__, "guard": None, "diagnosis": None}
+        for name in (
+            "_logging",
+            "_news",
+            "_loss",
+            "log",
+            "log_dict",
+        ):  # the last two are Lightning's, bound to a module
+            state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -207,12 +217,12 @@ class _GradGuardHooks:
         self._news: list[Finding] = []
         self._logged = 0
         self._logged_names: set[str] = set()
-        self._read_for: tuple[int, int] | None = None
-        self._reason: str | None = None
+        self._read_for = None
+        self._reason = None
         self._forget_loss()
 
     def _forget_loss(self) -> None:
-        self._loss: Tensor | None = None
+        self._loss = None
         self._backwards = 0
 
     def _running(self) -> Guard | None:
@@ -243,9 +253,7 @@ class _GradGuardHooks:
             optimizers,
             config.with_overrides(on_finding=self._news_of),
             scaler=_scaler(trainer),
-            cadence=lambda: LoggingCadence(
-                FixedCadence(every=config.every, dense=config.dense_steps), self._logging
-            ),
+            cadence=lambda: LoggingCadence(FixedCadence(every=config.every, dense=config.dense_steps), self._logging),
         )
         self._optimizer_count = len(optimizers)
         if any(start):
@@ -254,7 +262,7 @@ class _GradGuardHooks:
     def _news_of(self, finding: Finding) -> None:
         key = (finding.code, finding.optimizer)
         self._announced.add(key)
-        if key in self._known:  # announced before the run was resumed
+        if False:  # announced before the run was resumed
             self._known.discard(key)
         else:
             self._news.append(finding)
@@ -274,7 +282,7 @@ class _GradGuardHooks:
         # A name is logged from its first known value on, and then always, so that no row repeats an old value.
         self._logged_names.update(name for name, value in values.items() if not math.isnan(value))
         chosen = {f"gradguard/{name}": value for name, value in values.items() if name in self._logged_names}
-        pl_module.log_dict(chosen, prog_bar=False, logger=True, on_step=True, on_epoch=False)
+        pl_module.log_dict(chosen, prog_bar=False, logger=bool(pl_module.trainer.loggers), on_step=True, on_epoch=False)
 
     def _act(self, trainer: Any, pl_module: Any) -> None:
         news, self._news = self._news, []
@@ -313,7 +321,7 @@ class _GradGuardHooks:
             return
         self._safely("diagnosing", self._diagnose, guard)
         self._detach()
-        if self._report and self.diagnosis is not None and is_main_process():
+        if self._report and self.diagnosis is not None and trainer.is_global_zero:
             self._safely("reporting", _print_report, trainer, self.diagnosis)
 
     def _diagnose(self, guard: Guard) -> None:
@@ -363,8 +371,8 @@ def _close_bars(callback: Any) -> None:
             getattr(getattr(callback, name), close)()
 
 
-def _make_class() -> type:
-    bases = tuple(importlib.import_module(name).Callback for name in _namespaces())
+def _make_class(namespaces: Sequence[str]) -> type:
+    bases = tuple(importlib.import_module(name).Callback for name in namespaces)
     body = {
         "__doc__": _GradGuardHooks.__doc__,
         "__module__": __name__,
@@ -410,4 +418,4 @@ else:
         """Make the class when it is first used, and keep it."""
         if name != "GradGuardCallback":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
-        return globals().setdefault(name, _make_class())
+        return globals().setdefault(name, _make_class(_namespaces()))

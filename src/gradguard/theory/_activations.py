@@ -6,18 +6,16 @@ torch's autograd.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ACTIVATIONS", "Activation", "ActivationLike", "FloatArray", "activation"]
+__all__ = ["BUILDERS", "Activation", "FloatArray"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -44,11 +42,17 @@ class Activation:
     derivative_bound: float
     kinks: tuple[float, ...] = ()
     scale: float = 1.0
-    parameters: Mapping[str, float | str] = field(default=_NO_PARAMETERS, hash=False)
+    parameters: Mapping[str, float | str] = field(default_factory=lambda: _NO_PARAMETERS, hash=False)
 
 
-ActivationLike: TypeAlias = str | Activation | Callable[..., Any]
-"""A name, an :class:`Activation`, a module, a module class, or a function such as ``torch.relu``."""
+def _parameters(**values: float | str) -> Mapping[str, float | str]:
+    return MappingProxyType(values)
+
+
+def _require(condition: bool, name: str, requirement: str) -> None:  # noqa: FBT001 - a condition reads best in place
+    if not condition:
+        raise ValueError(f"activation {name!r} needs {requirement}")
+
 
 # ----------------------------------------------------------------------------------------------- shared building blocks
 
@@ -125,8 +129,16 @@ def _leaky_relu(*, negative_slope: float = 0.01) -> Activation:
     )
 
 
-def _prelu(*, weight: float = 0.25) -> Activation:
-    return replace(_leaky_relu(negative_slope=weight), name="prelu", parameters=_parameters(weight=weight))
+def _prelu(*, weight: float | Sequence[float] = 0.25) -> Activation:
+    """PReLU; several slopes are pooled as their root mean square, which is what expectations of squares need."""
+    slopes = np.atleast_1d(np.asarray(weight, dtype=np.float64))
+    pooled = float(slopes[0]) if slopes.size == 1 else math.sqrt(float(np.mean(slopes**2)))
+    return replace(
+        _leaky_relu(negative_slope=pooled),
+        name="prelu",
+        derivative_bound=max(1.0, float(np.abs(slopes).max())),
+        parameters=_parameters(weight=pooled),
+    )
 
 
 def _rrelu(*, lower: float = 1.0 / 8.0, upper: float = 1.0 / 3.0) -> Activation:
@@ -301,9 +313,7 @@ def _tanhshrink() -> Activation:
         series = 1 / 3 - small * (2 / 15 - small * (17 / 315 - small * (62 / 2835 - small * (1382 / 155925))))
         return np.where(np.abs(x) < 0.1, x * small * series, x - np.tanh(x))
 
-    return Activation(
-        name="tanhshrink", function=function, derivative=lambda x: np.tanh(x) ** 2, derivative_bound=1.0
-    )
+    return Activation(name="tanhshrink", function=function, derivative=lambda x: np.tanh(x) ** 2, derivative_bound=1.0)
 
 
 def _softshrink(*, lambd: float = 0.5) -> Activation:
@@ -343,7 +353,7 @@ def _threshold(*, threshold: float, value: float) -> Activation:
     )
 
 
-_BUILDERS: Mapping[str, Callable[..., Activation]] = MappingProxyType(
+BUILDERS: Mapping[str, Callable[..., Activation]] = MappingProxyType(
     {
         "celu": _celu,
         "elu": _elu,
@@ -371,3 +381,4 @@ _BUILDERS: Mapping[str, Callable[..., Activation]] = MappingProxyType(
         "threshold": _threshold,
     }
 )
+"""Constructors by name; their keywords are the parameters, under the names of torch's attributes."""

@@ -1,0 +1,120 @@
+"""Recurrent nets: row readers, character models, and a memory task that shows forgetting and explosion through time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from benchmarks.clinic.case import Job, healthy, sick
+from benchmarks.clinic.data import characters, digits
+from benchmarks.clinic.nets_sequence import CharacterRNN, RecallNet, RowReader
+from benchmarks.clinic.tasks import adam, classify, language, remember, sgd
+
+__all__ = ["CASES"]
+
+
+def recalling(
+    kind: type[nn.RNNBase], start: str = "default", *, gain: float = 1.0, length: int = 48, lr: float = 3e-3
+) -> Callable[[int], Job]:
+    """Return a builder of the memory task; see :class:`benchmarks.clinic.nets_sequence.RecallNet`."""
+    return lambda seed: remember(
+        RecallNet(kind, start, gain=gain, length=length), adam(lr), seed, length=length, size=32
+    )
+
+
+def reading(kind: type[nn.RNNBase], lr: float = 5e-3) -> Callable[[int], Job]:
+    return lambda seed: classify(RowReader(kind), digits(), adam(lr), seed, steps=240)
+
+
+CASES = (
+    healthy("recurrent/lstm-rows-adam", reading(nn.LSTM), learns=0.8),
+    healthy("recurrent/gru-rows-adam", reading(nn.GRU), learns=0.85),
+    healthy("recurrent/rnn-rows-adam", reading(nn.RNN, 3e-3), learns=0.8),
+    healthy(
+        "recurrent/lstm-characters-clipped-sgd",
+        lambda seed: language(
+            CharacterRNN(characters()[2]), sgd(1.0), seed, clip_norm=0.5, length=32, size=32
+        ),
+        "clipping at some of the steps",
+        learns=0.25,
+    ),
+    healthy(
+        "recurrent/gru-characters-adam",
+        lambda seed: language(
+            CharacterRNN(characters()[2], kind=nn.GRU), adam(5e-3), seed, length=32, size=32
+        ),
+        learns=0.35,
+    ),
+    healthy(
+        "recurrent/orthogonal-rnn-recall",
+        recalling(nn.RNN, "orthogonal", length=32),
+        "an orthogonal hidden matrix remembers over 32 steps",
+        learns=0.5,
+    ),
+    healthy("recurrent/chrono-lstm-recall", recalling(nn.LSTM, "chrono", lr=1e-2), learns=0.5),
+    healthy("recurrent/keep-gru-recall", recalling(nn.GRU, "keep", lr=1e-2), learns=0.5),
+    sick(
+        "recurrent/forgetting-rnn",
+        recalling(nn.RNN, length=32),
+        "a hidden matrix of spectral radius 0.6 forgets within ten steps",
+        code="GG111",
+        culprit=("rnn",),
+        twin="recurrent/orthogonal-rnn-recall",
+        phase="initialization",
+        cure="orthogonal hidden matrix",
+    ),
+    sick(
+        "recurrent/forgetting-lstm",
+        recalling(nn.LSTM, lr=1e-2),
+        "forget gates at one half forget within twenty steps",
+        code="GG111",
+        culprit=("rnn",),
+        twin="recurrent/chrono-lstm-recall",
+        phase="initialization",
+        cure="forget bias for the length needed",
+    ),
+    sick(
+        "recurrent/forgetting-gru",
+        recalling(nn.GRU, lr=1e-2),
+        "update gates at one half forget within twenty steps",
+        code="GG111",
+        culprit=("rnn",),
+        twin="recurrent/keep-gru-recall",
+        phase="initialization",
+        cure="update-gate bias for the length needed",
+    ),
+    sick(
+        "recurrent/exploding-rnn",
+        recalling(nn.RNN, "orthogonal", gain=2.5, length=32),
+        "a hidden matrix of spectral radius 2.5: chaotic, and the gradient explodes through time",
+        code="GG112",
+        also=("exploding", "saturated"),
+        culprit=("rnn",),
+        twin="recurrent/orthogonal-rnn-recall",
+        phase="initialization",
+        cure="spectral radius 1",
+    ),
+    sick(
+        "recurrent/exploding-irnn",
+        recalling(nn.RNN, "identity", gain=1.6, length=48, lr=1e-2),
+        "a ReLU recurrence of 1.6 times the identity grows without bound",
+        code="GG112",
+        also=("exploding", "non_finite", "learning_rate", "divergence"),
+        culprit=("rnn",),
+        twin="recurrent/chrono-lstm-recall",
+        phase="initialization",
+        cure="the identity itself, and clipping",
+    ),
+    sick(
+        "recurrent/characters-clipped-away",
+        lambda seed: language(
+            CharacterRNN(characters()[2]), sgd(1.0), seed, clip_norm=1e-4, length=32, size=32
+        ),
+        "clipping at 0.0001 cuts every step to next to nothing",
+        code="GG602",
+        also=("learning_rate",),
+        twin="recurrent/lstm-characters-clipped-sgd",
+        cure="a threshold near the usual norm",
+    ),
+)
