@@ -56,9 +56,9 @@ class History:
     """Observations of a run, oldest first, by statistic name.
 
     Memory is bounded whatever the run's length. At most ``capacity`` observations are kept: the first 32, the newest
-    third, and evenly spaced ones in between. One layer costs at most ``capacity * len(LAYER_STATISTICS) * 8`` bytes
-    (32 KiB at the default capacity of 256 and 16 statistics), one parameter ``capacity * len(PARAMETER_STATISTICS) * 8``
-    bytes (20 KiB). Losses, recorded at every step and kept in the same way, cost at most 600 KiB in all.
+    third, and evenly spaced ones in between. At the default capacity of 256 a layer costs at most 32 KiB
+    (``capacity * len(LAYER_STATISTICS) * 8`` bytes) and a parameter 20 KiB (the same with ``PARAMETER_STATISTICS``).
+    Losses, recorded at every step and kept in the same way, cost at most 600 KiB in all.
 
     Example:
         >>> import numpy as np
