@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -111,15 +111,15 @@ def test_smooth_functions_agree_with_a_fine_trapezoid_sum(name: str, q: float) -
 
 @pytest.mark.parametrize("known", EVERY, ids=label)
 def test_expectations_agree_with_sampling(known: Activation) -> None:
-    """A million random numbers give the same averages, within five standard errors."""
+    """Two hundred thousand random numbers give the same averages, within five standard errors."""
     q = 1.7
-    x = math.sqrt(q) * np.random.default_rng(0).standard_normal(1_000_000)
+    x = math.sqrt(q) * np.random.default_rng(0).standard_normal(200_000)
     for values, expected in (
         (known.function(x), theory.mean(known, q)),
         (known.function(x) ** 2, theory.mean_square(known, q)),
         (known.derivative(x) ** 2, theory.mean_square_derivative(known, q)),
     ):
-        assert expected == pytest.approx(values.mean(), abs=5e-3 * values.std() + 1e-12)
+        assert expected == pytest.approx(values.mean(), abs=5 * values.std() / math.sqrt(200_000) + 1e-12)
 
 
 @pytest.mark.parametrize("known", EVERY, ids=label)
@@ -189,6 +189,7 @@ def test_fixed_points_and_chi(
     assert gain == pytest.approx(math.sqrt(chi), abs=digits)
 
 
+@settings(max_examples=40)
 @given(name=st.sampled_from(NAMES), sigma_w=st.floats(0.05, 4.0), sigma_b=st.floats(0.0, 2.0))
 def test_a_fixed_point_is_one_and_is_reached_by_iteration(name: str, sigma_w: float, sigma_b: float) -> None:
     """The length map leaves q* alone, and 20 layers from unit variance never lead away from it."""
@@ -277,7 +278,7 @@ def test_chi_crosses_one_at_the_critical_gain(known: Activation) -> None:
     gain = theory.critical_gain(known)
 
     if gain is None:
-        steps = np.geomspace(0.2, 50.0, 30)
+        steps = np.geomspace(0.3, 30.0, 15)
         distances = [abs(theory.chi(known, sigma_w=float(step)) - 1.0) for step in steps]
         assert min(distances) > 1e-2
     else:
@@ -303,12 +304,12 @@ def test_torch_initializes_linear_and_conv_with_the_stated_variance() -> None:
 
 
 def measured_gain(phi: Callable[[torch.Tensor], torch.Tensor], sigma_w: float, *, q: float, batch: int = 4) -> float:
-    """Return the gradient's growth per layer in random nets of width 512 and depth 10, as a mean over four nets.
+    """Return the gradient's growth per layer in random nets of width 512 and depth 10, as a mean over three nets.
 
     ``phi`` may begin with a normalization. ``q`` is the variance of the first pre-activations.
     """
     width, depth, logs = 512, 10, []
-    for _ in range(4):
+    for _ in range(3):
         x = math.sqrt(q) * torch.randn(batch, width)
         first = x.requires_grad_()
         for _ in range(depth):
@@ -335,14 +336,14 @@ def measured_gain(phi: Callable[[torch.Tensor], torch.Tensor], sigma_w: float, *
     ],
 )
 def test_measured_gain_of_wide_networks_agrees_with_theory(name: str, sigma_w: float, expected: float) -> None:
-    """The gradient of real random networks changes per layer as predicted, within 6 %."""
+    """The gradient of real random networks changes per layer as predicted, within 4 %."""
     predicted = theory.gain_per_layer(name, sigma_w=sigma_w)
     q = theory.fixed_point(name, sigma_w=sigma_w)
     start = q if 0.0 < q < math.inf else 1.0
 
     assert predicted == pytest.approx(expected, abs=6e-4)
     assert measured_gain(getattr(torch, name, None) or getattr(nn.functional, name), sigma_w, q=start) == pytest.approx(
-        predicted, rel=0.06
+        predicted, rel=0.04
     )
 
 
@@ -357,7 +358,7 @@ def test_measured_gain_under_batch_norm_agrees_with_theory(name: str) -> None:
         return phi(nn.functional.batch_norm(x, None, None, training=True))
 
     assert predicted >= 1.0
-    assert measured_gain(block, 3.0, q=9.0 * spread, batch=256) == pytest.approx(predicted, rel=0.06)
+    assert measured_gain(block, 3.0, q=9.0 * spread, batch=256) == pytest.approx(predicted, rel=0.04)
 
 
 @pytest.mark.parametrize("name", ["relu", "tanh", "gelu", "sigmoid"])
@@ -369,7 +370,7 @@ def test_measured_gain_under_layer_norm_agrees_with_theory(name: str) -> None:
     def block(x: torch.Tensor) -> torch.Tensor:
         return phi(nn.functional.layer_norm(x, x.shape[-1:]))
 
-    assert measured_gain(block, 0.5, q=0.25 * theory.mean_square(name, 1.0)) == pytest.approx(predicted, rel=0.06)
+    assert measured_gain(block, 0.5, q=0.25 * theory.mean_square(name, 1.0)) == pytest.approx(predicted, rel=0.04)
 
 
 def test_batch_norm_and_relu_explode_as_published() -> None:
@@ -378,6 +379,17 @@ def test_batch_norm_and_relu_explode_as_published() -> None:
 
     assert chi == pytest.approx(math.pi / (math.pi - 1), rel=1e-12)
     assert math.sqrt(chi) == pytest.approx(1.211, abs=5.1e-4)
+
+
+@pytest.mark.parametrize("known", EVERY, ids=label)
+def test_batch_norm_never_shrinks_gradients(known: Activation) -> None:
+    """For continuous activations chi is at least 1 under batch norm: the Gaussian Poincare inequality."""
+    chi = theory.normalized_chi(known, normalization="batch")
+
+    if known.name in {"hardshrink", "threshold"}:  # they jump
+        assert 0.0 < chi < math.inf
+    else:
+        assert chi >= 1.0 - 1e-12
 
 
 def test_theory_does_not_import_torch() -> None:

@@ -150,7 +150,7 @@ def _explains(root: Finding, other: Finding) -> bool:
         return False
     if root.code == "GG101" and other.code == "GG503":
         return other.cause is Cause.PRECISION
-    return True
+    return not (root.code == "GG301" and root.severity < Severity.ERROR)
 
 
 def _family(root: int, parents: dict[int, int]) -> list[int]:

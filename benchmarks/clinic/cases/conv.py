@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,10 +26,11 @@ def plain(
     init: str = "default",
     norm: Callable[[int], nn.Module] | None = None,
     measure: str = "accuracy",
+    **options: Any,
 ) -> Callable[[int], Job]:
     """Return a builder of a plain stack of convolutions on digits."""
     return lambda seed: classify(
-        PlainConv(depth, init=init, norm=norm), digits(), optimizer, seed, size=32, steps=160, measure=measure
+        PlainConv(depth, init=init, norm=norm, **options), digits(), optimizer, seed, size=32, steps=160, measure=measure
     )
 
 
@@ -41,8 +43,7 @@ def dead_layer(seed: int) -> Job:
 
 
 def cut(seed: int) -> Job:
-    model = PlainConv(8, init="he", norm=nn.BatchNorm2d, cut_before=7)
-    return classify(model, digits(), sgd(0.02), seed, size=32, steps=160, measure="known")
+    return plain(8, sgd(0.02), init="he", norm=nn.BatchNorm2d, width=3, cut_before=7, measure="known")(seed)
 
 
 def residual(norm: Callable[[int], nn.Module] | None, optimizer: MakeOptimizer) -> Callable[[int], Job]:
@@ -52,10 +53,10 @@ def residual(norm: Callable[[int], nn.Module] | None, optimizer: MakeOptimizer) 
 CASES = (
     healthy("conv/plain-6-adam", plain(6, adam(), init="he"), learns=0.9),
     healthy("conv/plain-he-12-sgd", plain(12, sgd(0.005), init="he"), learns=0.7),
-    healthy("conv/batchnorm-8-sgd", plain(8, sgd(0.02), init="he", norm=nn.BatchNorm2d, measure="known"), learns=0.85),
+    healthy("conv/batchnorm-8-sgd", plain(8, sgd(0.02), init="he", norm=nn.BatchNorm2d, width=3, measure="known"), learns=0.5),
     healthy("conv/groupnorm-8-adam", plain(8, adam(), init="he", norm=GroupNorm), learns=0.9),
     healthy("conv/resnet-batchnorm-sgd", residual(nn.BatchNorm2d, sgd(0.05)), "in-place ReLUs", learns=0.85),
-    healthy("conv/resnet-no-norm-adam", residual(None, adam(2e-3)), learns=0.8),
+    healthy("conv/resnet-no-norm-adam", residual(None, adam(3e-3)), learns=0.5),
     sick(
         "conv/plain-default-12-sgd",
         plain(12, sgd(0.005)),

@@ -29,12 +29,12 @@ def spoiled(make: Callable[[int], Job], at: int, spoil: Callable[[Pair], Pair]) 
     return build
 
 
-def large_inputs(factor: float, rows: int) -> Callable[[Pair], Pair]:
-    """Return a change that multiplies the inputs of some rows."""
+def garbage(size: float, rows: int) -> Callable[[Pair], Pair]:
+    """Return a change that puts large noise in place of the inputs of some rows."""
 
     def change(batch: Pair) -> Pair:
         x = batch[0].clone()
-        x[:rows] *= factor
+        x[:rows] = size * torch.randn(rows, x.shape[1], generator=torch.Generator().manual_seed(0))
         return x, batch[1]
 
     return change
@@ -113,8 +113,8 @@ CASES = (
     healthy("data/relu-breast-cancer-sgd", shifted(0.0), learns=0.85),
     sick(
         "data/outlier-batch",
-        spoiled(classifier, 150, large_inputs(3000.0, 4)),
-        "four examples of one batch are 3000 times too large",
+        spoiled(classifier, 150, garbage(3000.0, 4)),
+        "four examples of one batch are noise, 3000 times too large",
         code="GG103",
         also=("exploding", "divergence"),
         twin="data/relu-digits-sgd",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.clinic.case import Job, healthy, sick
 from benchmarks.clinic.data import breast_cancer, digits, wine
@@ -36,18 +36,40 @@ def on_digits(
     )
 
 
-def one_bad_layer(
-    depth: int, activation: Activation, layer: int, factor: float, optimizer: MakeOptimizer
+def bad_layers(
+    depth: int, activation: Activation, layers: tuple[int, ...], factor: float, optimizer: MakeOptimizer
 ) -> Callable[[int], Job]:
-    """Return a builder of a well-initialised perceptron with one hidden weight scaled by ``factor``."""
+    """Return a builder of a well-initialised perceptron with some hidden weights scaled by ``factor``."""
 
     def build(seed: int) -> Job:
         model = mlp(64, 10, depth, activation, init="he")
-        bad = model[2 * layer]
-        if isinstance(bad, nn.Linear):
+        for layer in layers:
             with torch.no_grad():
-                bad.weight.mul_(factor)
+                model.get_parameter(f"{2 * layer}.weight").mul_(factor)
         return classify(model, digits(), optimizer, seed)
+
+    return build
+
+
+class Scale(nn.Module):
+    """A factor on the features, as a unit conversion leaves behind."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features times the factor."""
+        return x * self.factor
+
+
+def rescaled(factor: float) -> Callable[[int], Job]:
+    """Return a builder of a perceptron whose features are multiplied on the way."""
+
+    def build(seed: int) -> Job:
+        layers = list(mlp(64, 10, 12, nn.LeakyReLU, init="he"))
+        layers.insert(12, Scale(factor))
+        return classify(nn.Sequential(*layers), digits(), adamw(), seed)
 
     return build
 
@@ -158,30 +180,30 @@ CASES = (
         cure="LeCun initialization",
     ),
     sick(
-        "mlp/one-small-layer-sgd",
-        one_bad_layer(20, nn.ReLU, 10, 1e-5, sgd(0.01)),
-        "one layer's weights are 100000 times too small",
+        "mlp/two-small-layers-sgd",
+        bad_layers(20, nn.ReLU, (10, 11), 1e-5, sgd(0.01)),
+        "the weights of two layers in a row are 100000 times too small",
         code="GG101",
         also=("initialization",),
-        culprit=("20",),
+        culprit=("20", "22"),
         twin="mlp/relu-he-20-sgd",
         phase="initialization",
-        cure="He initialization of that layer",
+        cure="He initialization of those layers",
     ),
     sick(
-        "mlp/one-small-layer-adamw",
-        one_bad_layer(12, nn.LeakyReLU, 6, 1e-6, adamw()),
-        "one layer's weights are a million times too small",
+        "mlp/rescaled-features-adamw",
+        rescaled(1e-10),
+        "features are multiplied by 1e-10 half way up",
         code="GG101",
         also=("initialization",),
         culprit=("12",),
         twin="mlp/leaky-he-12-adamw",
         phase="initialization",
-        cure="He initialization of that layer",
+        cure="drop the factor",
     ),
     sick(
         "mlp/one-large-layer-adam",
-        one_bad_layer(10, nn.ReLU, 4, 3e4, adam()),
+        bad_layers(10, nn.ReLU, (4,), 3e4, adam()),
         "one layer's weights are 30000 times too large",
         code="GG102",
         also=("initialization",),

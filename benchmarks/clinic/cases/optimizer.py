@@ -78,7 +78,7 @@ def killed(seed: int) -> Job:
     job = classify(mlp(30, 2, 5, width=32, init="he"), breast_cancer(), sgd(0.02), seed)
 
     def begin(step: int) -> None:
-        job.optimizers[0].param_groups[0]["lr"] = 30.0 if step < 3 else 0.02
+        job.optimizers[0].param_groups[0]["lr"] = 3.0 if step < 3 else 0.02
 
     job.before_step = begin
     return job
@@ -142,7 +142,7 @@ CASES = (
     sick(
         "optimizer/killed-by-first-steps",
         killed,
-        "three steps at a rate of 30 kill the ReLU units for good",
+        "three steps at a rate of 3 kill the ReLU units for good",
         code="GG301",
         also=("learning_rate", "exploding", "divergence"),
         twin="optimizer/relu-5-breast-cancer-sgd",

@@ -48,15 +48,15 @@ CASES = (
     ),
     healthy(
         "recurrent/orthogonal-rnn-recall",
-        recalling(nn.RNN, "orthogonal", length=32),
-        "an orthogonal hidden matrix remembers over 32 steps",
+        recalling(nn.RNN, "orthogonal", length=24),
+        "an orthogonal hidden matrix remembers over 24 steps",
         learns=0.5,
     ),
     healthy("recurrent/chrono-lstm-recall", recalling(nn.LSTM, "chrono", lr=1e-2), learns=0.5),
     healthy("recurrent/keep-gru-recall", recalling(nn.GRU, "keep", lr=1e-2), learns=0.5),
     sick(
         "recurrent/forgetting-rnn",
-        recalling(nn.RNN, length=32),
+        recalling(nn.RNN, length=24),
         "a hidden matrix of spectral radius 0.6 forgets within ten steps",
         code="GG111",
         culprit=("rnn",),
@@ -86,7 +86,7 @@ CASES = (
     ),
     sick(
         "recurrent/exploding-rnn",
-        recalling(nn.RNN, "orthogonal", gain=2.5, length=32),
+        recalling(nn.RNN, "orthogonal", gain=2.5, length=24),
         "a hidden matrix of spectral radius 2.5: chaotic, and the gradient explodes through time",
         code="GG112",
         also=("exploding", "saturated"),

@@ -142,7 +142,7 @@ def unscaled(seed: int) -> Job:
     """Attention without 1/sqrt(d), and products of sums: logits ten times too large from the start."""
     job = decoder(adamw(2e-3))(seed)
     for attention in attentions(job.model):
-        attention.scale = 30 / math.sqrt(12)
+        attention.scale = 300 / math.sqrt(12)
     return job
 
 
@@ -212,7 +212,7 @@ CASES = (
     sick(
         "transformer/logits-unscaled",
         unscaled,
-        "attention logits a hundred times too large",
+        "attention logits three hundred times too large",
         code="GG702",
         twin="transformer/decoder-adamw",
         phase="initialization",
@@ -229,22 +229,22 @@ CASES = (
     ),
     sick(
         "transformer/update-spike-adamw",
-        jumping_loss(encoder(3, adamw(2e-3), mask_token=True), 1e4, 120),
+        jumping_loss(encoder(3, adamw(2e-3, betas=(0.9, 0.9999)), mask_token=True), 1e4, 130),
         "the loss weight jumps by 10000: updates leap, as Adam's second moment lags behind",
         code="GG703",
         also=("spike", "learning_rate", "divergence"),
         twin="transformer/mask-token-adamw",
-        onset=120,
+        onset=130,
         cure="a lower beta2, or clipped updates",
     ),
     sick(
         "transformer/update-spike-decoder",
-        jumping_loss(decoder(adamw(3e-3), layers=3, clip_norm=None), 1e4, 120),
+        jumping_loss(decoder(adamw(3e-3, betas=(0.9, 0.9999)), layers=3), 1e4, 130),
         "the loss weight jumps by 10000: updates leap, as Adam's second moment lags behind",
         code="GG703",
         also=("spike", "learning_rate", "divergence"),
         twin="transformer/decoder-clipped-adamw",
-        onset=120,
+        onset=130,
         cure="a lower beta2, or clipped updates",
     ),
     sick(

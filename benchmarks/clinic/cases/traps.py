@@ -60,8 +60,8 @@ def imbalanced(seed: int) -> Job:
 
 def plateau(seed: int) -> Job:
     """Weights near zero: the loss of a shallow net stays at chance for a while, and then falls."""
-    model = mlp(2, 2, 3, nn.Tanh, width=32, init="xavier", gain=0.3)
-    return classify(model, circles(), adam(2e-3), seed, steps=300)
+    model = mlp(2, 2, 3, nn.Tanh, width=32, init="xavier", gain=0.1)
+    return classify(model, circles(), adam(5e-3), seed, steps=300)
 
 
 def resumed(seed: int) -> Job:

@@ -11,7 +11,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradguard._arguments import check_optimizers
@@ -20,6 +19,7 @@ from gradguard.config import GuardConfig
 from gradguard.errors import GradGuardError, GradGuardWarning, MissingExtraError, UnhealthyGradientsError
 from gradguard.guard import Guard, attach
 from gradguard.integrations._logging import LoggingCadence, LoggingSteps, log_values
+from gradguard.integrations._trainer import is_logging_step, loss_scaler, print_final_report
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,8 +31,6 @@ __all__ = ["GradGuardCallback"]
 
 _NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 _ACTIONS = ("warn", "stop", "raise", "silent")
-_SHARING_INTERVAL = 50
-"""Batches between two agreements of a distributed run to stop, where the Trainer logs nothing. Ours: its default."""
 
 
 class _GradGuardHooks:
@@ -117,7 +115,7 @@ class _GradGuardHooks:
         guard = self._running()
         if guard is None:
             return
-        logs = self._log and bool(trainer.loggers) and _is_logging_step(trainer)
+        logs = self._log and bool(trainer.loggers) and is_logging_step(trainer)
         if logs != self._logging.now:
             self._logging.now = logs
             guard.rearm()
@@ -127,7 +125,7 @@ class _GradGuardHooks:
         if self._running() is None:
             return
         value = loss.detach()
-        scale = getattr(_scaler(trainer), "_scale", None)
+        scale = getattr(loss_scaler(trainer), "_scale", None)
         if scale is not None:
             value = value / scale.to(value.device)
         self._loss = value.clone() if self._loss is None else self._loss + value
@@ -252,7 +250,7 @@ class _GradGuardHooks:
             pl_module,
             optimizers,
             config.with_overrides(on_finding=self._news_of),
-            scaler=_scaler(trainer),
+            scaler=loss_scaler(trainer),
             cadence=lambda: LoggingCadence(FixedCadence(every=config.every, dense=config.dense_steps), self._logging),
         )
         self._optimizer_count = len(optimizers)
@@ -262,7 +260,7 @@ class _GradGuardHooks:
     def _news_of(self, finding: Finding) -> None:
         key = (finding.code, finding.optimizer)
         self._announced.add(key)
-        if False:  # announced before the run was resumed
+        if key in self._known:  # announced before the run was resumed
             self._known.discard(key)
         else:
             self._news.append(finding)
@@ -296,7 +294,7 @@ class _GradGuardHooks:
                 pl_module.print(line)
             if action in ("stop", "raise") and self._reason is None:
                 self._reason = line if action == "raise" else f"{finding.code} {finding.name}"
-        self._decide(trainer, pl_module, now=_is_logging_step(trainer))
+        self._decide(trainer, pl_module, now=is_logging_step(trainer))
 
     def _decide(self, trainer: Any, pl_module: Any, *, now: bool) -> None:
         """Stop or raise where there is a reason. In a distributed run all processes do, at a step that all agree on."""
@@ -322,7 +320,7 @@ class _GradGuardHooks:
         self._safely("diagnosing", self._diagnose, guard)
         self._detach()
         if self._report and self.diagnosis is not None and trainer.is_global_zero:
-            self._safely("reporting", _print_report, trainer, self.diagnosis)
+            self._safely("reporting", print_final_report, trainer, self.diagnosis)
 
     def _diagnose(self, guard: Guard) -> None:
         self.diagnosis = guard.diagnose()
@@ -341,34 +339,6 @@ class _GradGuardHooks:
                 raise
             why = str(error) if isinstance(error, GradGuardError) else f"{type(error).__name__}: {error}"
             warnings.warn(f"gradguard: {what} failed; training goes on. {why}", GradGuardWarning, stacklevel=3)
-
-
-def _scaler(trainer: Any) -> Any:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if scaler is not None and scaler.is_enabled() else None
-
-
-def _is_logging_step(trainer: Any) -> bool:
-    """Whether the Trainer logs at the end of this batch, as far as can be known at its start."""
-    interval = trainer.log_every_n_steps or _SHARING_INTERVAL
-    stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
-    return bool((stepped + 1) % interval == 0)
-
-
-def _print_report(trainer: Any, diagnosis: Diagnosis) -> None:
-    from rich.console import Console
-
-    from gradguard.report.console import print_report
-
-    _close_bars(trainer.progress_bar_callback)
-    print_report(diagnosis, Console())
-
-
-def _close_bars(callback: Any) -> None:
-    """Close Lightning's progress bars, which it does later, or after an exception not at all."""
-    for name, close in (("progress", "stop"), ("train_progress_bar", "close"), ("val_progress_bar", "close")):
-        with suppress(Exception):  # bars that were never opened, or are the user's own
-            getattr(getattr(callback, name), close)()
 
 
 def _make_class(namespaces: Sequence[str]) -> type:

@@ -9,16 +9,17 @@ are Gaussian. With z standard normal, their variance q and the squared norm of t
 so gradients vanish or explode exponentially with depth unless chi = 1: a ReLU stack at PyTorch's default initialization
 passes a factor 0.41 per layer. numpy only; activations are named as in ``torch.nn`` or given as modules.
 
-==================================  ==================================================================================
-:func:`chi`, :func:`gain_per_layer`  Factor per layer on the gradient's squared norm, and on its norm.
-:func:`critical_gain`               Weight gain at which chi = 1.
-:func:`forward_gain`                Weight gain that keeps unit variance.
-:func:`backward_gain`               Weight gain that keeps the gradient's norm at unit variance.
-:func:`fixed_point`                 Variance that deep layers approach.
-:func:`depth_scale`                 Layers over which a gradient changes by e.
-:func:`normalized_chi`              The same factor with batch or layer norm.
-:func:`activation`                  A function with its derivative and bound, by name or module.
-==================================  ==================================================================================
+========================  ====================================================================
+:func:`chi`               Factor per layer on the gradient's squared L2 norm.
+:func:`gain_per_layer`    Factor per layer on its L2 norm: the square root of chi.
+:func:`critical_gain`     Weight gain at which chi = 1.
+:func:`forward_gain`      Weight gain that keeps unit variance.
+:func:`backward_gain`     Weight gain that keeps the gradient's norm at unit variance.
+:func:`fixed_point`       Variance that deep layers approach.
+:func:`depth_scale`       Layers over which a squared gradient norm changes by the factor e.
+:func:`normalized_chi`    Chi with batch or layer norm.
+:func:`activation`        A function with its derivative and bound, by name or module.
+========================  ====================================================================
 
 Source:
     Poole et al. (2016), "Exponential expressivity in deep neural networks through transient chaos", NeurIPS, arXiv

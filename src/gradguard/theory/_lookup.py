@@ -64,11 +64,11 @@ def activation(source: ActivationLike, **parameters: float | str) -> Activation:
     name = next((_BY_NORMAL_NAME[_normal(base)] for base in classes if _normal(base) in _BY_NORMAL_NAME), None)
     if name is None:
         raise TypeError(
-            f"a {classes[0]} is no elementwise activation that gradguard.theory knows, got {source!r}. Pass a module "
-            "of torch.nn, its name, or a gradguard.theory.Activation with function, derivative and derivative_bound. "
+            f"{classes[0]} is no elementwise activation that gradguard.theory knows, got {source!r}. Pass a module of "
+            "torch.nn, its name, or a gradguard.theory.Activation with function, derivative and derivative_bound. "
             f"Known are: {', '.join(ACTIVATIONS)}."
         )
-    _refuse(parameters, f"a {classes[0]} module")
+    _refuse(parameters, f"the {classes[0]} module")
     accepted = inspect.signature(BUILDERS[name]).parameters
     return _build(name, {key: getattr(source, key) for key in accepted if hasattr(source, key)})
 

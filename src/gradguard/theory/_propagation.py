@@ -34,8 +34,8 @@ is ``b^2 / 3 = 1 / (3 fan_in)``. Source: ``torch/nn/modules/linear.py`` and ``co
 
 _ROUNDING = 1e-13
 """Relative difference below which two variances count as equal; the quadrature's own error is about 1e-15."""
-_OCTAVES = 100
-"""Factors of two over which a fixed point is looked for on either side: 1e-30 counts as 0, 1e30 as divergence."""
+_OCTAVES = 60
+"""Factors of two over which a fixed point is looked for on either side: 1e-18 counts as 0, 1e18 as divergence."""
 _BISECTIONS = 52
 _CLEAR = 1e-10
 """Distance from 1 at which chi counts as above or below it; homogeneous activations differ from 1 by rounding only."""
@@ -62,7 +62,8 @@ def length_map(
         ValueError: If a variance or standard deviation is negative or not a number.
 
     Source:
-        Poole et al. (2016), NeurIPS, arXiv 1606.05340, equation 3.
+        Poole et al. (2016), "Exponential expressivity in deep neural networks through transient chaos", NeurIPS, arXiv
+        1606.05340: the iterative length map.
 
     Example:
         >>> round(length_map("relu", 1.0, sigma_w=math.sqrt(2.0)), 12)
@@ -78,10 +79,6 @@ def fixed_point(activation: ActivationLike, *, sigma_w: float, sigma_b: float = 
     It is the first solution of ``length_map(q) = q`` that lies on the way from ``start``. Where the length map falls
     with q (possible for ``threshold`` only) layers may oscillate around it instead.
 
-    Returns:
-        q* > 0; or ``0.0`` where the signal dies out, however slowly (tanh at ``sigma_w = 1`` falls like 1 / depth); or
-        ``inf`` where it grows without bound. ``start`` itself where every variance is kept (ReLU at sqrt 2).
-
     Args:
         activation: See :func:`activation`.
         sigma_w: Standard deviation of the weights times ``sqrt(fan_in)``, >= 0.
@@ -89,11 +86,15 @@ def fixed_point(activation: ActivationLike, *, sigma_w: float, sigma_b: float = 
         start: Variance of the first layer's pre-activations, > 0. It matters for activations with two basins: below
             their forward gain GELU, SiLU and Mish lose a signal of variance 1, above it they enlarge it for ever.
 
+    Returns:
+        q* > 0; or ``0.0`` where the signal dies out, however slowly (tanh at ``sigma_w = 1`` falls like 1 / depth); or
+        ``inf`` where it grows without bound. ``start`` itself where every variance is kept (ReLU at sqrt 2).
+
     Raises:
         ValueError: If an argument is out of range.
 
     Source:
-        Poole et al. (2016), NeurIPS, arXiv 1606.05340, section 2.
+        Poole et al. (2016), NeurIPS, arXiv 1606.05340: fixed points of the length map. The search is ours.
 
     Example:
         >>> round(fixed_point("tanh", sigma_w=5 / 3), 3)
@@ -139,7 +140,7 @@ def chi(activation: ActivationLike, *, sigma_w: float, sigma_b: float = 0.0, q: 
         ValueError: If an argument is out of range.
 
     Source:
-        Schoenholz et al. (2017), ICLR, arXiv 1611.01232, equations 5 and 9.
+        Schoenholz et al. (2017), "Deep Information Propagation", ICLR, arXiv 1611.01232, section 4.
 
     Example:
         >>> round(chi("sigmoid", sigma_w=1.0), 4)
@@ -177,8 +178,8 @@ def normalized_chi(activation: ActivationLike, *, normalization: Literal["batch"
         layer norm:  chi = E[phi'(z)^2] / E[phi(z)^2]
         batch norm:  chi = E[phi'(z)^2] / (E[phi(z)^2] - E[phi(z)]^2)
 
-    Both hold for wide layers, without skip connections; batch norm's for large batches, too. Batch norm never goes
-    below 1 (it is 1 for the identity): depth makes gradients explode.
+    Both hold for wide layers, without skip connections; batch norm's for large batches, too. With batch norm chi is at
+    least 1 for every continuous phi, by the Gaussian Poincare inequality, and 1 for the identity only.
 
     Args:
         activation: See :func:`activation`.
@@ -214,7 +215,7 @@ def depth_scale(chi: float) -> float:
         ValueError: If ``chi`` is negative or NaN.
 
     Source:
-        Schoenholz et al. (2017), ICLR, arXiv 1611.01232, section 4.
+        Schoenholz et al. (2017), "Deep Information Propagation", ICLR, arXiv 1611.01232, section 4.
 
     Example:
         >>> round(depth_scale(1 / 6), 3)
@@ -236,6 +237,10 @@ def critical_gain(activation: ActivationLike, *, sigma_b: float = 0.0) -> float 
     (tanh and its like, ReLU and its like), at finite q (biases, sigmoid) or at infinite q (softplus). The first counts
     at which :func:`chi` itself crosses 1, so that signals of variance 1 do reach the fixed point.
 
+    Args:
+        activation: See :func:`activation`.
+        sigma_b: Standard deviation of the biases, >= 0.
+
     Returns:
         The critical gain, or ``None`` where there is none. GELU, SiLU, Mish and Hardswish have none without biases:
         below their forward gain a signal of variance 1 dies out (chi below 1), above it the signal grows without bound
@@ -243,16 +248,12 @@ def critical_gain(activation: ActivationLike, *, sigma_b: float = 0.0) -> float 
         :func:`backward_gain` for these. Sigmoid's critical gain is 10.15: a wide network does pass its gradient there,
         with most units saturated; at any usual gain it vanishes.
 
-    Args:
-        activation: See :func:`activation`.
-        sigma_b: Standard deviation of the biases, >= 0.
-
     Raises:
         ValueError: If ``sigma_b`` is out of range.
 
     Source:
-        The edge of chaos of Poole et al. (2016), NeurIPS, arXiv 1606.05340, section 2, and Schoenholz et al. (2017),
-        ICLR, arXiv 1611.01232; the search along q is ours.
+        The edge of chaos of Poole et al. (2016), NeurIPS, arXiv 1606.05340, and Schoenholz et al. (2017), ICLR, arXiv
+        1611.01232; the search along q is ours.
 
     Example:
         >>> round(critical_gain("relu"), 6), round(critical_gain("tanh"), 6), critical_gain("gelu")

@@ -1,0 +1,44 @@
+"""What the callback reads off a Lightning Trainer, and the report that it prints for it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradguard.findings import Diagnosis
+
+__all__ = ["is_logging_step", "loss_scaler", "print_final_report"]
+
+_SHARING_INTERVAL = 50
+"""Batches between two agreements of a distributed run to stop, where the Trainer logs nothing. Ours: its default."""
+
+
+def loss_scaler(trainer: Any) -> Any:
+    """Return the gradient scaler of the precision plugin, ``None`` where there is none or it is off."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def is_logging_step(trainer: Any) -> bool:
+    """Whether the Trainer logs at the end of this batch, as far as can be known at its start."""
+    interval = trainer.log_every_n_steps or _SHARING_INTERVAL
+    stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+    return bool((stepped + 1) % interval == 0)
+
+
+def print_final_report(trainer: Any, diagnosis: Diagnosis) -> None:
+    """Print a report to standard output, below the progress bars of the run."""
+    from rich.console import Console
+
+    from gradguard.report.console import print_report
+
+    _close_bars(trainer.progress_bar_callback)
+    print_report(diagnosis, Console())
+
+
+def _close_bars(callback: Any) -> None:
+    """Close Lightning's progress bars, which it does later, or after an exception not at all."""
+    for name, close in (("progress", "stop"), ("train_progress_bar", "close"), ("val_progress_bar", "close")):
+        with suppress(Exception):  # bars that were never opened, or are the user's own
+            getattr(getattr(callback, name), close)()
