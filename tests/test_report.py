@@ -6,9 +6,11 @@ Read the difference before committing it.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
+import pickle
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -182,6 +184,15 @@ def test_json_is_plain_and_versioned(make: Callable[[], Diagnosis]) -> None:
     assert [f["code"] for f in data["findings"]] == [f.code for f in diagnosis.findings]
     if make is reports.three_layers:
         assert [row["delta_norm"] for row in data["layers"]] == ["Infinity", "NaN", 0.0]
+
+
+@pytest.mark.parametrize("make", reports.ALL, ids=lambda make: make.__name__)
+def test_diagnosis_can_be_copied_and_pickled(make: Callable[[], Diagnosis]) -> None:
+    """A diagnosis travels between processes whole."""
+    diagnosis = make()
+
+    for twin in (copy.deepcopy(diagnosis), pickle.loads(pickle.dumps(diagnosis))):  # noqa: S301  # our own bytes
+        assert twin.to_json() == diagnosis.to_json()
 
 
 NUMBERS = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.sampled_from([0.0, 1e-300, 1e300]))

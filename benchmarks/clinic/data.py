@@ -25,6 +25,7 @@ __all__ = [
     "circles",
     "diabetes",
     "digits",
+    "parity",
     "recall",
     "sampler",
     "snippets",
@@ -140,6 +141,18 @@ def circles() -> Data:
 
     x, y = make_circles(1000, noise=0.1, random_state=1)
     return _split(torch.tensor(x, dtype=torch.float32), torch.tensor(y), classes=2, share=0.7)
+
+
+@cache
+def parity(bits: int = 8, counted: int = 3) -> Data:
+    """Return every pattern of signs, and whether an odd number of the first few are negative.
+
+    No single feature says anything of the class: the loss stays at chance until several are combined.
+    """
+    numbers = torch.arange(2**bits)
+    x = ((numbers[:, None] >> torch.arange(bits)) & 1).float() * 2 - 1
+    y = (x[:, :counted].prod(1) < 0).long()
+    return Data(x=x, y=y, test_x=x, test_y=y, classes=2)
 
 
 def recall(size: int, length: int, seed: int) -> Sampler:

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from gradguard.findings import Cause, Diagnosis, Evidence, Finding, Prescription, Severity
-    from gradguard.guard import Guard, watch
+    from gradguard.guard import Guard
     from gradguard.integrations.lightning import GradGuardCallback
     from gradguard.preflight import check
+    from gradguard.watching import watch
 
     __version__: str
 
@@ -76,7 +77,8 @@ _NAMES = {
         "UnsupportedModelError",
     ),
     "gradguard.findings": ("Cause", "Diagnosis", "Evidence", "Finding", "Prescription", "Severity"),
-    "gradguard.guard": ("Guard", "watch"),
+    "gradguard.guard": ("Guard",),
+    "gradguard.watching": ("watch",),
     "gradguard.integrations.lightning": ("GradGuardCallback",),
     "gradguard.preflight": ("check",),
 }

@@ -14,13 +14,30 @@ from gradguard.findings import Finding, Severity
 if TYPE_CHECKING:
     from gradguard.config import GuardConfig
 
-__all__ = ["Alerts", "is_main_process"]
+__all__ = ["Alerts", "is_main_process", "missing_reason"]
 
 
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of a distributed run: the one that speaks."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def missing_reason(*, backward_seen: bool, evaluating: bool) -> str:
+    """Return why there were no gradients to read.
+
+    Args:
+        backward_seen: Whether a gradient passed a layer since the last step.
+        evaluating: Whether a layer ran in evaluation mode since the last step.
+    """
+    if backward_seen:
+        return (
+            "a backward pass did run, so they were cleared before they could be read: "
+            "call record() after backward() and before zero_grad()"
+        )
+    if evaluating:
+        return "the forward pass ran in evaluation mode: call model.train() before training"
+    return "no backward pass was seen since the last step: call record() after backward() and before zero_grad()"
 
 
 class Alerts:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradguard.errors import MissingExtraError
 from gradguard.findings import Diagnosis, Finding
-from gradguard.guard import watch
+from gradguard.watching import watch
 
 __all__ = ["CASES", "Case", "Digits", "Network", "accuracy", "load_digits", "train", "train_with_lightning"]
 

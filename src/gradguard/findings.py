@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, IntEnum, StrEnum
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ class Prescription:
     reason: str
     code: str = ""
     reference: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     effect: Effect | None = None
 
 
@@ -164,7 +163,7 @@ class Finding:
     resolved_step: int | None = None
     cause: Cause = Cause.UNKNOWN
     confidence: float = 0.5
-    evidence: Mapping[str, Evidence] = field(default_factory=lambda: MappingProxyType({}))
+    evidence: Mapping[str, Evidence] = field(default_factory=dict)
     ruled_out: tuple[RuledOut, ...] = ()
     prescriptions: tuple[Prescription, ...] = ()
     consequence_of: str | None = None

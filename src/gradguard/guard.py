@@ -11,13 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
-from gradguard._alerts import Alerts, is_main_process
-from gradguard._arguments import check_model, check_optimizers
+from gradguard._alerts import Alerts, is_main_process, missing_reason
 from gradguard._cadence import Cadence, FixedCadence
-from gradguard.config import GuardConfig
+from gradguard._closures import wrap_closure
 from gradguard.errors import GradGuardWarning, UnsupportedModelError
 from gradguard.findings import Diagnosis, Finding
 from gradguard.monitors._hooks import HookSet, StepHook
@@ -25,11 +22,13 @@ from gradguard.observing import Observing
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
+    from gradguard.config import GuardConfig
     from gradguard.history import History
 
-__all__ = ["Guard", "watch"]
+__all__ = ["Guard", "guard_of"]
 
 _GUARDS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Guard]] = weakref.WeakKeyDictionary()
 """The one registry of watched models. Weak on both sides: it keeps nothing alive."""
@@ -38,87 +37,15 @@ _WAITING_LOSSES = 4096
 """Losses kept until the optimizer they belong to has stepped."""
 
 
-def watch(
-    model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    config: GuardConfig | None = None,
-    *,
-    scaler: Any = None,
-    **overrides: Any,
-) -> Guard:
-    """Watch a model's gradients while it trains. Attaches at once; the guard is also a context manager.
-
-    Args:
-        model: Any module with trainable parameters.
-        optimizer: The optimizer or optimizers that update it, or ``None`` for a loop that calls :meth:`Guard.step`.
-        config: Thresholds and cadence; defaults otherwise.
-        scaler: The ``torch.amp.GradScaler`` of the loop, if there is one, so that norms are those of unscaled
-            gradients.
-        **overrides: Fields of :class:`gradguard.GuardConfig` by name, for instance ``every=1``.
-
-    Returns:
-        The guard. Watching the same model with the same optimizers again returns the same guard.
-
-    Raises:
-        TypeError: If an argument is of the wrong kind or an option is unknown.
-        UnsupportedModelError: If the model has nothing to train, the optimizer holds none of its parameters, or the
-            model is already watched with other optimizers.
-
-    Example:
-        >>> import torch, gradguard
-        >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> with gradguard.watch(model, optimizer) as guard:
-        ...     for _ in range(4):
-        ...         optimizer.zero_grad()
-        ...         loss = model(torch.randn(16, 4)).square().mean()
-        ...         loss.backward()
-        ...         guard.record(loss=loss)
-        ...         optimizer.step()
-        >>> guard.diagnose().healthy
-        True
-    """
-    settings = (config if config is not None else GuardConfig()).with_overrides(**overrides)
-    return attach(model, check_optimizers(optimizer), settings, scaler=scaler)
-
-
-def attach(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    config: GuardConfig,
-    *,
-    scaler: Any = None,
-    cadence: Callable[[], Cadence] | None = None,
-) -> Guard:
-    """Do what :func:`watch` does, for integrations: with a cadence of their own.
-
-    Args:
-        model: See :func:`watch`.
-        optimizers: Torch optimizers, out of their wrappers.
-        config: Thresholds and cadence.
-        scaler: See :func:`watch`.
-        cadence: Makes the cadence of one optimizer; that of the configuration otherwise.
-
-    Raises:
-        UnsupportedModelError: See :func:`watch`.
-    """
-    check_model(model, optimizers)
+def guard_of(model: nn.Module) -> Guard | None:
+    """Return the guard that is attached to a model, if there is one."""
     known = _GUARDS.get(model)
     guard = known() if known is not None else None
-    if guard is not None and guard.attached:
-        if guard.holds(optimizers):
-            return guard
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} is already watched with {guard.optimizer_names}, and cannot be watched with "
-            "other optimizers at the same time. Call detach() on the first guard, or pass all in one call: "
-            "gradguard.watch(model, [first, second])"
-        )
-    return Guard(model, optimizers, config, scaler=scaler, cadence=cadence)
+    return guard if guard is not None and guard.attached else None
 
 
 class Guard:
-    """Watches one model: decides when to observe, never how. Made by :func:`watch`.
+    """Watches one model: decides when to observe, never how. Made by :func:`gradguard.watch`.
 
     With an optimizer, a step hook counts the steps; the hook also keeps the guard alive as long as the optimizer lives.
     ``record()`` is the reading point: after ``backward`` and before any clipping. Where it is not called, the step hook
@@ -138,7 +65,7 @@ class Guard:
         scaler: Any = None,
         cadence: Callable[[], Cadence] | None = None,
     ) -> None:
-        """Attach to a model; use :func:`watch`, which checks its arguments first."""
+        """Attach to a model; use :func:`gradguard.watch`, which checks its arguments first."""
         self.config = config
         self.attached = True
         self._model = model
@@ -288,8 +215,7 @@ class Guard:
         self._step_hooks.close()
         self._observing.drain_losses()
         self._observing.close()
-        if _GUARDS.get(self._model) is not None and _GUARDS[self._model]() is self:
-            del _GUARDS[self._model]
+        _GUARDS.pop(self._model, None)
 
     def __enter__(self) -> Self:
         return self
@@ -342,35 +268,20 @@ class Guard:
         if not self.attached:
             return None
         started = self._tick()
-        closure_at = next((at for at, value in enumerate(args) if at > 0 and callable(value)), None)
-        closure = kwargs.get("closure") if closure_at is None else args[closure_at]
-        if closure is not None:
-            wrapped = self._wrap(closure, index)
-            if closure_at is None:
-                kwargs = {**kwargs, "closure": wrapped}
-            else:
-                args = (*args[:closure_at], wrapped, *args[closure_at + 1 :])
+        wrapped = wrap_closure(args, kwargs, lambda: self._read_in_closure(index))
+        if wrapped is not None:
             self._tock(started)
-            return args, kwargs
+            return wrapped
         self._read_at_step(index)
         self._tock(started)
         return None
 
-    def _wrap(self, closure: Callable[[], Any], index: int) -> Callable[[], Any]:
-        evaluated = False
-
-        def observed_closure() -> Any:
-            nonlocal evaluated
-            result = closure()
-            if not evaluated and self.attached:
-                evaluated = True
-                started = self._tick()
-                self._read_at_step(index)
-                self._observing.signals.pause()
-                self._tock(started)
-            return result
-
-        return observed_closure
+    def _read_in_closure(self, index: int) -> None:
+        if self.attached:
+            started = self._tick()
+            self._read_at_step(index)
+            self._observing.signals.pause()
+            self._tock(started)
 
     def _read_at_step(self, index: int) -> None:
         if self._skipped or not self._cadences[index].due(self._steps[index]):
@@ -425,15 +336,7 @@ class Guard:
 
     def _explain_missing(self, what: str) -> None:
         signals = self._observing.signals
-        if signals.backward_seen:
-            why = (
-                "a backward pass did run, so they were cleared before they could be read: "
-                "call record() after backward() and before zero_grad()"
-            )
-        elif signals.eval_calls:
-            why = "the forward pass ran in evaluation mode: call model.train() before training"
-        else:
-            why = "no backward pass was seen since the last step: call record() after backward() and before zero_grad()"
+        why = missing_reason(backward_seen=signals.backward_seen, evaluating=bool(signals.eval_calls))
         if self._observing.note(what, why):
             warnings.warn(f"gradguard: {what}: {why}", GradGuardWarning, stacklevel=4)
 

@@ -348,7 +348,7 @@ def _fill(name: str, finding: Finding) -> Prescription:
         reason=remedy.reason.format(**values),
         code=remedy.code.format(**values),
         reference=remedy.reference,
-        arguments=MappingProxyType(_arguments(name, finding, factor)),
+        arguments=_arguments(name, finding, factor),
     )
 
 

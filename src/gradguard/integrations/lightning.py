@@ -17,9 +17,10 @@ from gradguard._arguments import check_optimizers
 from gradguard._cadence import FixedCadence
 from gradguard.config import GuardConfig
 from gradguard.errors import GradGuardError, GradGuardWarning, MissingExtraError, UnhealthyGradientsError
-from gradguard.guard import Guard, attach
+from gradguard.guard import Guard
 from gradguard.integrations._logging import LoggingCadence, LoggingSteps, log_values
 from gradguard.integrations._trainer import is_logging_step, loss_scaler, print_final_report
+from gradguard.watching import attach
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
