@@ -61,10 +61,11 @@ __all__ = [
     "findings",
     "rules",
     "testing",
+    "theory",
     "watch",
 ]
 
-_SUBMODULES = ("errors", "findings", "rules", "testing")
+_SUBMODULES = ("errors", "findings", "rules", "testing", "theory")
 _NAMES = {
     "gradguard.config": ("GuardConfig",),
     "gradguard.errors": (
