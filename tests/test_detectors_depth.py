@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +13,11 @@ from gradguard.config import GuardConfig
 from gradguard.detectors.depth import find_depth, span_decades, supported_span, theil_sen_gain, trunk
 from gradguard.findings import Cause, Finding, Severity
 from gradguard.history import History
-from gradguard.records import FloatArray, LayerTable, StepRecord
+from gradguard.records import LayerTable
 from tests.histories import (
     DENSE,
     NAN,
     chain,
-    changed,
     decaying,
     falling,
     flat,
@@ -33,24 +30,6 @@ def only(history: History) -> Finding:
     """Return the one finding of a history."""
     (finding,) = find_depth(history, CONFIG)
     return finding
-
-
-def with_delta(history: History, change: Callable[[FloatArray], FloatArray]) -> History:
-    """Return the history with delta changed at every observation; gradients at inputs are unknown then."""
-
-    def edit(record: StepRecord) -> StepRecord:
-        delta = change(record.layer_values["delta_norm"].copy())
-        unknown = np.full(len(delta), NAN)
-        values = {
-            **record.layer_values,
-            "delta_norm": delta,
-            "delta_max_abs": delta * 0.1,
-            "input_delta_norm": unknown,
-            "input_delta_max_abs": unknown,
-        }
-        return replace(record, layer_values=values)
-
-    return changed(history, edit)
 
 
 # ------------------------------------------------------------------------------------------------- the numbers

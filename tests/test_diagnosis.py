@@ -12,7 +12,7 @@ import pytest
 
 from gradguard.config import GuardConfig
 from gradguard.detectors import run_detectors
-from gradguard.diagnosis import diagnose, link_findings
+from gradguard.diagnosis import diagnose
 from gradguard.findings import Cause, Diagnosis, Evidence, Finding, Severity, Unobserved
 from gradguard.history import History
 from gradguard.records import OptimizerInfo, RunInfo, StepRecord
@@ -38,11 +38,6 @@ def found(
         resolved_step=resolved,
         **more,  # type: ignore[arg-type]  # fields of Finding
     )
-
-
-def linked(*findings: Finding) -> list[tuple[str, str | None]]:
-    """Return code and cause of each finding, in the order of the diagnosis."""
-    return [(f.code, f.consequence_of) for f in link_findings(findings)]
 
 
 def judged(history: History, *, steps: int = 101, batches: int = 101, overhead: float = 0.01) -> Diagnosis:

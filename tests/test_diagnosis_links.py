@@ -7,10 +7,8 @@ import itertools
 import pytest
 
 from gradguard.config import GuardConfig
-from gradguard.detectors import run_detectors
-from gradguard.diagnosis import diagnose, link_findings
-from gradguard.findings import Cause, Diagnosis, Finding, Severity
-from gradguard.history import History
+from gradguard.diagnosis import link_findings
+from gradguard.findings import Cause, Finding, Severity
 from gradguard.rules import RULES
 
 CONFIG = GuardConfig()
@@ -37,12 +35,6 @@ def found(
 def linked(*findings: Finding) -> list[tuple[str, str | None]]:
     """Return code and cause of each finding, in the order of the diagnosis."""
     return [(f.code, f.consequence_of) for f in link_findings(findings)]
-
-
-def judged(history: History, *, steps: int = 101, batches: int = 101, overhead: float = 0.01) -> Diagnosis:
-    """Return the diagnosis of a history."""
-    findings = run_detectors(history, CONFIG)
-    return diagnose(history, findings, config=CONFIG, steps=steps, batches=batches, overhead=overhead)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradguard
 from gradguard import GradGuardWarning
@@ -614,6 +615,36 @@ def test_compiling_a_watched_model_breaks_no_graph() -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+class Transfers(TorchDispatchMode):
+    """Counts operations that bring one number to the host, which on a GPU stops the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "_local_scalar_dense" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_observed_step_reads_nothing_number_by_number() -> None:
+    """Hooks and reading points queue; one transfer fetches them all. What is left is the loss, free on a CPU."""
+    counts = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = ConvNet(2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        guard = gradguard.watch(model, optimizer, every=1, on_error="raise") if watched else None
+        with Transfers() as transfers:
+            train(model, optimizer, 3, guard=guard)
+        counts.append(transfers.count)
+        if guard is not None:
+            assert len(guard.history) == 3
+            guard.detach()
+
+    assert counts[1] - counts[0] == 3
 
 
 def test_idle_guard_counts_without_reading() -> None:

@@ -19,7 +19,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradguard import errors, findings, rules, testing
+    from gradguard import errors, findings, rules, testing, theory
     from gradguard.config import GuardConfig
     from gradguard.errors import (
         GradGuardError,
