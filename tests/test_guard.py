@@ -617,6 +617,23 @@ def test_compiling_a_watched_model_breaks_no_graph() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(("loss", "classes"), [("class", 10), ("value", 0)])
+def test_classes_are_known_where_the_loss_is_a_cross_entropy(loss: str, classes: int) -> None:
+    """The chance level ln(classes) is only looked for where the loss is one over classes."""
+    model = mlp(3)
+    with gradguard.watch(model, adam(model), every=1, on_error="raise") as guard:
+        for step in range(2):
+            x, y = digit_batch(16, seed=step)
+            out = model(x)
+            value = F.cross_entropy(out, y) * 2 if loss == "class" else out.square().mean()
+            value.backward()
+            guard.record(loss=value)
+            guard._optimizers[0].step()
+        guard.diagnose()
+
+    assert guard.history.info.classes == classes
+
+
 class Transfers(TorchDispatchMode):
     """Counts operations that bring one number to the host, which on a GPU stops the device."""
 

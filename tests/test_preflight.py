@@ -128,6 +128,30 @@ def test_a_lightning_module_needs_no_trainer() -> None:
     assert diagnosis.primary.layers[0].startswith("net.")
 
 
+class StochasticDepth(nn.Module):
+    """A residual net that skips each block now and then while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(64, 32), nn.Linear(32, 10)
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            if torch.rand(()) < 0.8:
+                x = x + block(x).relu()
+        return self.out(x)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_block_skipped_by_chance_is_no_finding(seed: int) -> None:
+    """Stochastic depth leaves blocks without a gradient; a few more passes show that they are not cut off."""
+    torch.manual_seed(seed)
+
+    assert gradguard.check(StochasticDepth(), digit_batch(32), classification_loss).healthy is True
+
+
 def test_evaluation_mode_is_checked_as_it_is() -> None:
     """A model in evaluation mode is observed too, and stays in it."""
     model = sick().eval()

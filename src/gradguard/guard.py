@@ -152,6 +152,10 @@ class Guard:
         if self.attached:
             self._arm_if_due()
 
+    def learn_loss(self, loss: Tensor) -> None:
+        """Look at how a loss was computed, where :meth:`record` gets it without its graph."""
+        self._observing.losses.learn(loss)
+
     def skip(self) -> None:
         """Say that the coming step brings no gradients on purpose, so that nothing is read and nothing reported."""
         self._skipped = True

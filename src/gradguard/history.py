@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -92,14 +92,14 @@ class History:
         self.optimizer = 0
         self._records: _Thinned[StepRecord] = _Thinned(capacity)
         self._losses: _Thinned[tuple[int, float, int]] = _Thinned(loss_capacity)
-        self._seen = 0
+        self._seen: Counter[int] = Counter()
         self._cache: dict[tuple[str, str], FloatArray] = {}
         self._tables: tuple[LayerTable, ParameterTable] | None = None
 
     def append(self, record: StepRecord) -> None:
         """Add an observation; where there are too many, the middle is thinned out."""
         self._records.append(record)
-        self._seen += 1
+        self._seen[record.optimizer] += 1
         self._cache.clear()
         self._tables = None
 
@@ -113,7 +113,7 @@ class History:
     @property
     def observations(self) -> int:
         """Observations made, kept or thinned out."""
-        return self._seen
+        return self._seen.total()
 
     @property
     def records(self) -> Sequence[StepRecord]:
@@ -173,6 +173,7 @@ class History:
         for step, loss, owner in self._losses.items():
             if owner == index:
                 part.note_loss(step, loss, optimizer=index)
+        part._seen[index] = self._seen[index]
         return part
 
     def _union(self) -> tuple[LayerTable, ParameterTable]:

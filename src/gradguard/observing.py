@@ -296,7 +296,7 @@ class Observing:
             ),
             preflight=preflight,
             expects_updates=not preflight,
-            classes=linear[-1].out_features if linear else 0,
+            classes=linear[-1].out_features if linear and self.losses.cross_entropy else 0,
         )
 
 

@@ -22,8 +22,8 @@ Layer statistics (one number per module and observation; the calls of a module t
 ``inactive_fraction``       Share of units that were 0 for every example of this observation, 0..1. Only for modules
                             whose zero output means a zero derivative (ReLU and its relatives); otherwise NaN.
 ``dead_fraction``           Share of units inactive in every observation of the last ``dead_patience_steps`` optimizer
-                            steps (at least three observations); NaN before that many were seen, and where
-                            ``inactive_fraction`` is NaN.
+                            steps (at least three observations); 0 before that many were seen, NaN where
+                            ``inactive_fraction`` is.
 ``input_inactive_fraction`` Like ``inactive_fraction``, for an input made by functional code (``F.relu``) just before
                             this module; NaN where the input is another module's output, or raw data.
 ``input_dead_fraction``     Like ``dead_fraction``, for the same input.

@@ -123,8 +123,10 @@ class _GradGuardHooks:
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Keep the loss as the user's code returned it: without the factors of accumulation and of a loss scaler."""
-        if self._running() is None:
+        guard = self._running()
+        if guard is None:
             return
+        guard.learn_loss(loss)
         value = loss.detach()
         scale = getattr(loss_scaler(trainer), "_scale", None)
         if scale is not None:

@@ -13,15 +13,28 @@ if TYPE_CHECKING:
 
 __all__ = ["LossMonitor"]
 
+_NODES_LOOKED_AT = 16
+"""Operations next to the loss among which a cross-entropy is looked for. Ours: a weighted sum of a few losses."""
+
 
 class LossMonitor:
-    """Losses by step and optimizer. On a CPU they are numbers at once; elsewhere they wait for the next observation."""
+    """Losses by step and optimizer. On a CPU they are numbers at once; elsewhere they wait for the next observation.
+
+    Attributes:
+        cross_entropy: Whether the loss is a cross-entropy over classes; ``None`` until one with a graph was seen.
+    """
 
     name = "losses"
 
     def __init__(self) -> None:
         """Start with no loss."""
         self._waiting: list[tuple[int, int, Tensor | float]] = []
+        self.cross_entropy: bool | None = None
+
+    def learn(self, loss: Tensor) -> None:
+        """Look once at how a loss was computed: whether it is a cross-entropy over classes."""
+        if self.cross_entropy is None and loss.grad_fn is not None:
+            self.cross_entropy = _is_cross_entropy(loss)
 
     def note(self, loss: Tensor | float, *, step: int, optimizer: int) -> float:
         """Take a loss; return it where that costs nothing, else NaN.
@@ -41,6 +54,7 @@ class LossMonitor:
                     f"loss must be a scalar, got a tensor of shape {tuple(loss.shape)}; "
                     "pass the reduced loss, for instance loss.mean()"
                 )
+            self.learn(loss)
             kept = loss.detach()
             value: Tensor | float = float(kept) if kept.device.type == "cpu" else kept.reshape(()).clone()
         else:
@@ -59,6 +73,21 @@ class LossMonitor:
             numbers.update({row: number for (row, _), number in zip(rows, fetched, strict=True)})
         for row, (step, optimizer, value) in enumerate(waiting):
             yield step, optimizer, numbers[row] if isinstance(value, torch.Tensor) else value
+
+
+def _is_cross_entropy(loss: Tensor) -> bool:
+    """Whether a negative log likelihood stands within a few operations of the loss (a mean, a weight, a sum)."""
+    nodes = [loss.grad_fn]
+    for _ in range(_NODES_LOOKED_AT):
+        if not nodes:
+            return False
+        node = nodes.pop(0)
+        if node is None:
+            continue
+        if node.name().startswith(("NllLoss", "CrossEntropy")):
+            return True
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _number(loss: object) -> float:
