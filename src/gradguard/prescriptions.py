@@ -44,11 +44,13 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
         "he-initialization": _Remedy(
             reason="Weights of variance 2/fan_in keep the size of signal and gradient from layer to layer under ReLU.",
             code=(
+                "nn = torch.nn\n"
+                "kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)\n"
                 "for layer in model.modules():\n"
-                "    if isinstance(layer, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):\n"
-                '        torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")\n'
+                "    if isinstance(layer, kinds):\n"
+                '        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")\n'
                 "        if layer.bias is not None:\n"
-                "            torch.nn.init.zeros_(layer.bias)"
+                "            nn.init.zeros_(layer.bias)"
             ),
             reference=_HE,
         ),
@@ -58,11 +60,13 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
                 "gradient's size."
             ),
             code=(
+                "nn = torch.nn\n"
+                "kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)\n"
                 "for layer in model.modules():\n"
-                "    if isinstance(layer, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):\n"
-                "        torch.nn.init.xavier_normal_(layer.weight)\n"
+                "    if isinstance(layer, kinds):\n"
+                "        nn.init.xavier_normal_(layer.weight)\n"
                 "        if layer.bias is not None:\n"
-                "            torch.nn.init.zeros_(layer.bias)"
+                "            nn.init.zeros_(layer.bias)"
             ),
             reference=_GLOROT,
         ),
@@ -74,7 +78,9 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             code=(
                 "def layer(width: int) -> torch.nn.Module:\n"
                 "    return torch.nn.Sequential(\n"
-                "        torch.nn.Linear(width, width), torch.nn.LayerNorm(width), torch.nn.{activation}()\n"
+                "        torch.nn.Linear(width, width),\n"
+                "        torch.nn.LayerNorm(width),\n"
+                "        torch.nn.{activation}(),\n"
                 "    )"
             ),
             reference=_LAYER_NORM,
@@ -87,7 +93,9 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             code=(
                 "def layer(width: int) -> torch.nn.Module:\n"
                 "    return torch.nn.Sequential(\n"
-                "        torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.{activation}()\n"
+                "        torch.nn.Linear(width, width),\n"
+                "        torch.nn.BatchNorm1d(width),\n"
+                "        torch.nn.{activation}(),\n"
                 "    )"
             ),
             reference=_BATCH_NORM,
