@@ -2,130 +2,121 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import io
+import tokenize
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.cells import cell_len
 
 __all__ = ["wrap_code"]
 
-_COMMENT_GAP = "  # "
+_NARROWEST = 16
+"""Columns below which nothing is broken any further. Ours: an indented name does not fit into less."""
 
-_NARROWEST = 12
-"""Columns below which a line is not broken any further. Ours: an indented name does not fit into less."""
+_INDENT = "    "
+
+_BLANK = frozenset({tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER})
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a token begins: its column, the brackets open before it, and whether it is a comment."""
+
+    column: int
+    depth: int
+    comment: bool
 
 
 def wrap_code(code: str, width: int) -> list[str]:
-    """Break lines of Python that are longer than ``width``.
+    """Break those lines of Python that are longer than ``width`` cells.
 
-    A comment behind a statement moves above it. A statement is broken at a space inside brackets, else at any space
-    outside strings with a backslash before the break. What has no such place is cut.
+    A comment behind a statement moves above it. A statement is broken inside brackets, or else before a token outside
+    them with a backslash. What has no such place, and what is no Python, is cut.
 
     Args:
         code: Source text.
         width: Cells per line.
+
+    Example:
+        >>> wrap_code("total = combine(first_argument, second_argument)", 34)
+        ['total = combine(first_argument,', '    second_argument)']
     """
     width = max(width, _NARROWEST)
-    return [part for line in code.rstrip().split("\n") for part in _broken(line.rstrip(), width)]
+    code = code.rstrip()
+    places = _places(code)
+    rows = enumerate((line.rstrip() for line in code.split("\n")), start=1)
+    return [piece for row, line in rows for piece in _broken(line, places.get(row, ()), width)]
 
 
-def _broken(line: str, width: int) -> Iterator[str]:
+def _places(code: str) -> Mapping[int, list[_Place]]:
+    """Return where tokens begin, by row; nothing where the text is no Python."""
+    rows: dict[int, list[_Place]] = {}
+    depth = inside_string = 0
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(code).readline):
+            name = tokenize.tok_name[token.type]
+            row, column = token.start
+            if token.type not in _BLANK and not inside_string:
+                before = token.line[column - 1 : column]
+                if before in {"", " "} or (depth > 0 and before in "([{"):
+                    rows.setdefault(row, []).append(_Place(column, depth, token.type == tokenize.COMMENT))
+            inside_string += name.endswith("STRING_START") - name.endswith("STRING_END")
+            if token.type == tokenize.OP and not inside_string:
+                depth += (token.string in "([{") - (token.string in ")]}")
+    except (tokenize.TokenError, SyntaxError):
+        return {}
+    return rows
+
+
+def _broken(line: str, places: Sequence[_Place], width: int) -> Iterator[str]:
     if cell_len(line) <= width:
         yield line
         return
-    indent = " " * min(len(line) - len(line.lstrip(" ")), width - _NARROWEST + 4)
-    statement, comment = _without_comment(line)
-    if comment:
-        yield from _broken_comment(comment, indent, width)
-    if statement.strip():
-        yield from _broken_statement(statement, indent, width)
+    first = len(line) - len(line.lstrip(" "))
+    indent = " " * min(first, width // 2)
+    comment = next((place.column for place in places if place.comment), len(line))
+    statement = line[:comment].rstrip()
+    if comment < len(line):
+        yield from _comment(line[comment:], indent, width)
+    if statement:
+        yield from _statement(statement, [place for place in places if not place.comment], indent, width)
 
 
-def _without_comment(line: str) -> tuple[str, str]:
-    for index, _, quoted in _places(line):
-        if line[index] == "#" and not quoted:
-            return line[:index].rstrip(), line[index + 1 :].strip()
-    return line, ""
-
-
-def _broken_comment(comment: str, indent: str, width: int) -> Iterator[str]:
-    start = f"{indent}#"
-    current = start
-    for word in comment.split():
-        if current != start and cell_len(f"{current} {word}") > width:
-            yield current
-            current = start
+def _comment(text: str, indent: str, width: int) -> Iterator[str]:
+    current = f"{indent}#"
+    for word in text.lstrip("# ").split():
+        if current.strip() != "#" and cell_len(f"{current} {word}") > width:
+            yield from _cut(current, width)
+            current = f"{indent}#"
         current += f" {word}"
     yield from _cut(current, width)
 
 
-def _broken_statement(line: str, indent: str, width: int) -> Iterator[str]:
-    rest, depth = indent + line.lstrip(" "), 0
-    while cell_len(rest) > width:
-        place, inside = _break(rest, depth, width)
-        if place is None:
+def _statement(line: str, places: Sequence[_Place], indent: str, width: int) -> Iterator[str]:
+    start, before = len(line) - len(line.lstrip(" ")), indent
+    outer = next((place.depth for place in places), 0)
+    while cell_len(before + line[start:]) > width:
+        ahead = [place for place in places if place.column > start]
+        fitting = [place for place in ahead if cell_len(before + _piece(line, start, place)) <= width]
+        chosen = max(fitting, key=lambda place: (place.depth > 0, -place.depth, place.column), default=None)
+        if chosen is None:
             break
-        piece = rest[:place].rstrip(" ")
-        yield piece if inside else f"{piece} \\"
-        depth = max(0, _depth(piece, depth))
-        rest = f"{indent}    {rest[place:].lstrip(' ')}"
-    yield from _cut(rest, width)
+        yield before + _piece(line, start, chosen)
+        start = chosen.column
+        deeper = _INDENT * (2 if line.endswith(":") else 1)  # what follows a colon is indented, too
+        before = indent if 0 < chosen.depth <= outer else indent + deeper
+    yield from _cut(before + line[start:], width)
 
 
-def _break(line: str, depth: int, width: int) -> tuple[int | None, bool]:
-    """Return the last place at which to break, and whether it lies inside brackets."""
-    first = len(line) - len(line.lstrip(" ")) + 1
-    inside = outside = None
-    for index, level, quoted in _places(line):
-        if quoted or index < first:
-            continue
-        fits = cell_len(line[:index])
-        if depth + level > 0 and _may_break(line, index) and fits <= width:
-            inside = index
-        elif depth + level == 0 and line[index] == " " and fits <= width - 2:
-            outside = index
-    return (inside, True) if inside is not None else (outside, False)
-
-
-def _may_break(line: str, index: int) -> bool:
-    return line[index] == " " or line[index - 1] in "([{"
-
-
-def _depth(line: str, depth: int) -> int:
-    for index, level, quoted in _places(line):
-        if index == len(line) - 1:
-            return depth + level + (0 if quoted else _step(line[index]))
-    return depth
-
-
-def _step(character: str) -> int:
-    return (character in "([{") - (character in ")]}")
-
-
-def _places(line: str) -> Iterator[tuple[int, int, bool]]:
-    """Walk over a line: index, brackets open before it, and whether it lies inside a string."""
-    level, quote = 0, ""
-    escaped = False
-    for index, character in enumerate(line):
-        yield index, level, bool(quote)
-        if quote:
-            if character == quote and not escaped:
-                quote = ""
-            escaped = character == "\\" and not escaped
-        elif character in "\"'":
-            quote = character
-        else:
-            level += _step(character)
+def _piece(line: str, start: int, place: _Place) -> str:
+    piece = line[start : place.column].rstrip(" ")
+    return piece if place.depth > 0 else f"{piece} \\"
 
 
 def _cut(line: str, width: int) -> Iterator[str]:
     while cell_len(line) > width:
-        end = next(i for i in range(len(line), 0, -1) if cell_len(line[:i]) <= width)
+        end = next((i for i in range(len(line), 1, -1) if cell_len(line[:i]) <= width), 1)
         yield line[:end]
         line = line[end:]
     yield line
-
-
-def fits(code: str, width: int) -> bool:
-    """Whether every line of a source text fits into ``width`` cells as it is."""
-    return all(cell_len(line) <= width for line in re.split("\n", code))

@@ -1,27 +1,16 @@
-"""Numbers and names in the form in which people read them."""
+"""Numbers in the form in which people read them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from gradguard.findings import Diagnosis, Evidence, Finding, RunSummary, Severity
+from gradguard.findings import Evidence
 
-__all__ = [
-    "elide",
-    "evidence_text",
-    "footer_lines",
-    "illnesses",
-    "number",
-    "power",
-    "remarks",
-    "status",
-    "summary_line",
-    "when",
-    "where",
-]
+__all__ = ["evidence_text", "evidence_texts", "measured", "number", "power", "seconds", "share"]
 
-_GENERIC_UNITS = frozenset({"", "ratio", "fraction", "L2 norm"})
-"""Units that go without saying: a plain number, or a share that is printed in per cent."""
+_PLAIN_UNITS = frozenset({"", "ratio", "fraction", "decades"})
+"""Units that go without saying (a ratio), or that the number brings along (per cent, decades)."""
 
 
 def number(value: float | str, unit: str = "") -> str:
@@ -38,13 +27,45 @@ def number(value: float | str, unit: str = "") -> str:
     if math.isinf(value):
         return "infinite" if value > 0 else "-infinite"
     if unit == "fraction":
-        percent = 100.0 * value
-        return f"{percent:.0f} %" if percent >= 1.0 or percent == 0.0 else f"{percent:.1g} %"
-    if value == int(value) and abs(value) < 1e6:
-        return str(int(value))
+        return share(value)
     if unit == "decades":
-        return f"{value:.1f}"
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+        return f"{value:.1f} decades"
+    if abs(value) < 1e6 and value == int(value):
+        return str(int(value))
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else _scientific(value)
+
+
+def measured(value: float, digits: int = 3) -> str:
+    """Return a measurement with that many significant digits, zeros included.
+
+    Example:
+        >>> measured(2.3), measured(0.0199), measured(1234.5), measured(1.9, 2), measured(2e-7)
+        ('2.30', '0.0199', '1234', '1.9', '2.0e-7')
+    """
+    if not math.isfinite(value) or value == 0.0:
+        return number(value)
+    if not 1e-3 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{max(0, places)}f}"
+
+
+def share(value: float) -> str:
+    """Return a share in per cent; nearly all and nearly none are neither rounded to all nor to none.
+
+    Example:
+        >>> share(0.213), share(0.9999), share(1.0), share(0.004), share(1e-7)
+        ('21 %', '99.9 %', '100 %', '0.4 %', '1e-5 %')
+    """
+    if not math.isfinite(value):
+        return number(value)
+    percent = 100.0 * value
+    if 99.0 < percent < 100.0:
+        return f"{min(99.9, percent):.1f} %"
+    if percent == 0.0 or percent >= 1.0:
+        return f"{percent:.0f} %"
+    return f"{percent:.1g} %" if abs(percent) >= 1e-3 else f"{_scientific(percent)} %"
 
 
 def power(exponent: float) -> str:
@@ -54,108 +75,53 @@ def power(exponent: float) -> str:
         >>> power(-3.14)
         '10^-3.1'
     """
-    return "unknown" if math.isnan(exponent) else f"10^{exponent:.1f}"
+    return f"10^{exponent:.1f}" if math.isfinite(exponent) else "unknown"
 
 
-def elide(text: str, width: int) -> str:
-    """Shorten a text in the middle to at most ``width`` characters.
+def seconds(value: float) -> str:
+    """Return a duration.
 
     Example:
-        >>> elide("encoder.layers.11.attention.output.dense", 20)
-        'encoder.l...ut.dense'
+        >>> seconds(0.2134), seconds(12.34), seconds(90.0), seconds(4000.0)
+        ('0.21 s', '12 s', '90 s', '67 min')
     """
-    if len(text) <= width:
-        return text
-    if width <= 5:
-        return text[:width]
-    left = (width - 3 + 1) // 2
-    return f"{text[:left]}...{text[len(text) - (width - 3 - left) :]}"
+    if not math.isfinite(value):
+        return number(value)
+    return f"{measured(value, 2)} s" if value < 600.0 else f"{value / 60.0:.0f} min"
 
 
 def evidence_text(name: str, evidence: Evidence) -> str:
-    """Return one piece of evidence as words: name, number, unit and what to compare it with."""
-    text = f"{name.replace('_', ' ')} {number(evidence.value, evidence.unit)}"
-    if evidence.unit not in _GENERIC_UNITS and name.rstrip("s") != evidence.unit.rstrip("s"):
-        text += f" {evidence.unit}"
-    return f"{text} ({evidence.note})" if evidence.note else text
+    """Return one piece of evidence as words: name, number, unit and what to compare it with.
+
+    Example:
+        >>> evidence_text("weight_gain", Evidence(value=1.02, unit="ratio", note="the weights alone"))
+        'weight gain 1.02 (the weights alone)'
+        >>> evidence_text("last_finite_delta", Evidence(value=1.2e-30, unit="L2 norm"))
+        'last finite delta 1.2e-30 (L2 norm)'
+    """
+    words, unit = name.replace("_", " "), evidence.unit
+    text = f"{words} {number(evidence.value, unit)}"
+    in_brackets = []
+    if unit == "L2 norm":
+        in_brackets.append(unit)
+    elif unit not in _PLAIN_UNITS and not words.endswith((unit, unit.removesuffix("s"))):
+        text += f" {unit}"
+    if evidence.note:
+        in_brackets.append(evidence.note)
+    return f"{text} ({', '.join(in_brackets)})" if in_brackets else text
 
 
-def status(diagnosis: Diagnosis) -> str:
-    """Return the verdict in one or two words."""
-    return {True: "HEALTHY", False: "SICK", None: "NO VERDICT"}[diagnosis.healthy]
+def evidence_texts(evidence: Mapping[str, Evidence]) -> list[str]:
+    """Return pieces of evidence as words; a note that several share stands behind the last of them only."""
+    items = list(evidence.items())
+    texts = []
+    for index, (name, item) in enumerate(items):
+        repeated = item.note and index + 1 < len(items) and items[index + 1][1].note == item.note
+        texts.append(evidence_text(name, Evidence(value=item.value, unit=item.unit) if repeated else item))
+    return texts
 
 
-def illnesses(diagnosis: Diagnosis) -> tuple[Finding, ...]:
-    """Return the standing findings at ``WARNING`` or above that nothing else explains."""
-    return tuple(
-        f for f in diagnosis.findings if f.standing and f.severity >= Severity.WARNING and f.consequence_of is None
-    )
-
-
-def remarks(diagnosis: Diagnosis) -> tuple[Finding, ...]:
-    """Return what is neither an illness nor follows from one: notes, and what has cleared."""
-    ill = {finding.code for finding in illnesses(diagnosis)}
-    shown = illnesses(diagnosis)
-    return tuple(f for f in diagnosis.findings if f not in shown and not (f.standing and f.consequence_of in ill))
-
-
-def when(finding: Finding, summary: RunSummary) -> str:
-    """Return since when a finding stands, or from when to when it stood; empty for a check."""
-    if summary.kind == "check":
-        return ""
-    if finding.resolved_step is not None:
-        return f"from step {finding.step}, cleared at step {finding.resolved_step}"
-    if finding.last_step > finding.step:
-        return f"since step {finding.step}, still there at {finding.last_step}"
-    return f"since step {finding.step}"
-
-
-def where(finding: Finding) -> str:
-    """Return the place of a finding in words."""
-    layers = finding.layers
-    if finding.layer is not None and "culprit_gain" in finding.evidence and len(layers) > 1:
-        return f"{finding.layer}, among {len(layers)} layers from {layers[0]} to {layers[-1]}"
-    if len(layers) > 3:
-        text = f"{layers[0]} to {layers[-1]} ({len(layers)} in all)"
-        uniform = "gain_per_layer" in finding.evidence
-        gain = finding.evidence["gain_per_layer"].value if uniform else math.nan
-        if uniform and isinstance(gain, (int, float)) and gain > 0.0:
-            return f"{text}, evenly: {abs(math.log10(gain)):.2f} decades per layer"
-        return text if finding.layer in (None, layers[0], layers[-1]) else f"{finding.layer}; {text}"
-    if layers:
-        return ", ".join(layers)
-    return finding.layer or "the whole run"
-
-
-def summary_line(summary: RunSummary) -> str:
-    """Return the run's numbers in one line; unknown ones are left out."""
-    parts = []
-    if not math.isnan(summary.loss_first) and not math.isnan(summary.loss_last) and summary.kind != "check":
-        parts.append(f"loss {number(summary.loss_first)} > {number(summary.loss_last)}")
-    if not math.isnan(summary.grad_norm_median):
-        text = f"grad norm {number(summary.grad_norm_median)}"
-        if summary.kind != "check":
-            text += f" (p5 {number(summary.grad_norm_p5)}, p95 {number(summary.grad_norm_p95)})"
-        parts.append(text + ("" if summary.clip_known or summary.kind == "check" else " at the step, after clipping"))
-    if not math.isnan(summary.update_ratio_log10):
-        parts.append(f"update/weight {power(summary.update_ratio_log10)}")
-    if summary.dead_fraction > 0.0:
-        parts.append(f"dead units at most {number(summary.dead_fraction, 'fraction')} ({summary.dead_layer})")
-    elif summary.dead_fraction == 0.0:
-        parts.append("no dead units")
-    return "   ".join(parts)
-
-
-def footer_lines(diagnosis: Diagnosis) -> list[str]:
-    """Return how much was seen, what it cost, and what was not observed and why."""
-    summary = diagnosis.summary
-    if summary.kind == "check":
-        parts = ["checked by one forward and one backward pass"]
-    else:
-        parts = [f"{summary.steps} steps, {diagnosis.observations} observed"]
-        if not math.isnan(summary.overhead_fraction):
-            spent = "" if math.isnan(summary.overhead_s) else f"{summary.overhead_s:.2g} s, "
-            parts.append(f"overhead {spent}{100 * summary.overhead_fraction:.1f} % of time")
-    if not diagnosis.unobserved:
-        return [" · ".join([*parts, "nothing unobserved"])]
-    return [" · ".join(parts), *(f"not observed: {note.what}: {note.why}" for note in diagnosis.unobserved)]
+def _scientific(value: float) -> str:
+    """Return a power-of-ten form without padding: ``1e-5``, ``1.2e-14``."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

@@ -1,37 +1,66 @@
-"""The table of layers: delta as a bar on a log scale, in execution order, folded to what matters."""
+"""The layers of a report: which rows are shown, on which scale, and what is said in words."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-from rich.text import Text
-
 from gradguard.findings import LayerProfile
-from gradguard.report._format import elide
+from gradguard.report._format import share
 
-__all__ = ["Fold", "Scale", "fold_rows", "layer_table"]
+__all__ = [
+    "Fold",
+    "Scale",
+    "active_text",
+    "caption",
+    "fold_rows",
+    "gain_text",
+    "rows_to_show",
+    "size_text",
+    "size_words",
+]
 
-_MOST_ROWS = 22
-"""Rows shown of a deep net; more does not fit beside a finding on a screen of 50 lines. Ours."""
+_MOST_LINES = 24
+"""Lines of a folded table, headings aside. Ours: with the finding above it, a table still fits on a screen."""
 
-_EDGE = 4
-"""Rows shown at either end of a deep net. Ours."""
+_FEW_ROWS = 8
+"""Up to this many rows nothing is folded. Ours: folding would save one line or two."""
 
-_ALIKE = 2.0
-"""Factor within which gains count as alike. Ours: initial weights of one kind differ by less in what they pass."""
+_EDGE = 3
+"""Rows shown at either end of a folded table. Ours: enough to see a slope."""
 
-_BLOCKS = " ▏▎▍▌▋▊▉█"
+_MARKED_SHOWN = 5
+"""Culprits that are shown with their neighbours. Ours."""
+
+_ALIKE_DECADES = math.log10(2.0)
+"""Decades by which a hidden row may lie off the straight line between its shown neighbours and still be called alike.
+Ours: gains of layers initialized alike scatter by less."""
+
+_ALIKE_SHARE = 0.05
+"""The same as a share of the scale: less cannot be seen in a bar. Ours."""
+
+_LEAST_DECADES = 3
+"""Length of the shortest scale. Ours: on a shorter one small differences between healthy layers look large."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Rows that are not shown."""
+    """Rows that are not shown.
+
+    Attributes:
+        count: How many.
+        alike: Whether all of them lie on the line between the rows above and below.
+    """
 
     count: int
     alike: bool
+
+    @property
+    def text(self) -> str:
+        """What stands in their place."""
+        return f"{self.count} more, all alike" if self.alike else f"{self.count} more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,124 +76,148 @@ class Scale:
         logs = [math.log10(row.delta_norm) for row in rows if 0.0 < row.delta_norm < math.inf]
         if not logs:
             return None
-        low, high = math.floor(min(logs)), math.ceil(max(logs))
-        return cls(low, high if high > low else low + 1)
+        high = math.ceil(max(logs))
+        return cls(min(math.floor(min(logs)), high - _LEAST_DECADES), high)
 
     def share(self, value: float) -> float:
         """Return where a value lies between the ends, 0 to 1."""
         return (math.log10(value) - self.low) / (self.high - self.low)
 
-    def label(self, width: int) -> str:
-        """Return both ends of the scale, as far apart as the width allows."""
-        left, right = f"1e{self.low}", f"1e{self.high}"
-        return left + right.rjust(width - len(left)) if width > len(left) + len(right) else ""
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Both ends as powers of ten."""
+        return f"1e{self.low}", f"1e{self.high}"
+
+
+def rows_to_show(rows: Sequence[LayerProfile], *, show_all: bool) -> list[LayerProfile]:
+    """Return the rows of the trunk and the marked ones; all of them on request, or where none is of the trunk."""
+    shown = [row for row in rows if row.trunk or row.mark]
+    return list(rows) if show_all or not any(row.trunk for row in rows) else shown
 
 
 def fold_rows(rows: Sequence[LayerProfile], *, show_all: bool) -> list[LayerProfile | Fold]:
-    """Keep the ends, the culprits with their neighbours and the largest changes; fold the rest.
+    """Keep the ends, the culprits with their neighbours and whatever lies off the line between them; fold the rest.
+
+    A steady decay has two ends and nothing between them; a sudden loss is two rows off any line, and stays.
 
     Args:
         rows: Layers in execution order.
         show_all: Whether to keep everything.
+
+    Source:
+        Ours; after Douglas and Peucker (1973), "Algorithms for the reduction of the number of points required to
+        represent a digitized line or its caricature", Cartographica 10.
     """
-    if show_all or len(rows) <= _MOST_ROWS:
+    count = len(rows)
+    if show_all or count <= _FEW_ROWS:
         return list(rows)
-    keep = set(range(_EDGE)) | set(range(len(rows) - _EDGE, len(rows)))
-    marked = [index for index, row in enumerate(rows) if row.mark][:4]
-    for index in marked:
-        keep |= {at for at in (index - 1, index, index + 1) if 0 <= at < len(rows)}
-    changes = [abs(math.log10(row.gain)) if 0.0 < row.gain < math.inf else 0.0 for row in rows]
-    typical = sorted(changes)[len(changes) // 2]
-    for index in sorted(range(len(rows)), key=lambda at: -abs(changes[at] - typical))[:3]:
-        if abs(changes[index] - typical) > math.log10(_ALIKE):
+    keep = {*range(_EDGE), *range(count - _EDGE, count)}
+    for index in itertools.chain(_culprits(rows), _turns(rows)):
+        if _lines(keep | {index}, count) <= _MOST_LINES:
             keep.add(index)
-    result: list[LayerProfile | Fold] = []
-    start = 0
-    for index in [*sorted(keep), len(rows)]:
-        hidden = rows[start:index]
-        if len(hidden) <= 1:
-            result.extend(hidden)
-        else:
-            result.append(Fold(len(hidden), _alike(hidden)))
-        if index < len(rows):
-            result.append(rows[index])
-        start = index + 1
-    return result
+    heights = [math.log10(row.delta_norm) if 0.0 < row.delta_norm < math.inf else math.nan for row in rows]
+    known = [height for height in heights if not math.isnan(height)]
+    tolerance = max(_ALIKE_DECADES, _ALIKE_SHARE * (max(known) - min(known))) if known else 0.0
+    while True:
+        deviation, index = max(_deviations(keep, heights), default=(0.0, 0))
+        if deviation <= tolerance or _lines(keep | {index}, count) > _MOST_LINES:
+            break
+        keep.add(index)
+    return list(_folded(rows, keep, heights, tolerance))
 
 
-def _alike(rows: Sequence[LayerProfile]) -> bool:
-    gains = [row.gain for row in rows if 0.0 < row.gain < math.inf]
-    return len(gains) == len(rows) and max(gains) <= _ALIKE**2 * min(gains)
+def _culprits(rows: Sequence[LayerProfile]) -> Iterator[int]:
+    marked = [index for index, row in enumerate(rows) if row.mark][:_MARKED_SHOWN]
+    yield from marked
+    for index in marked:
+        yield from (at for at in (index - 1, index + 1) if 0 <= at < len(rows))
 
 
-def layer_table(rows: Sequence[LayerProfile], width: int, *, ascii_only: bool, show_all: bool) -> Table | None:
-    """Return the table of layers, ``None`` where there is nothing to show.
-
-    Args:
-        rows: Every layer of the diagnosis; without ``show_all`` only those of the trunk and marked ones are shown.
-        width: Columns of the terminal. A wider one gets wider bars, not more words.
-        ascii_only: Whether the terminal has no block characters.
-        show_all: Whether to show every layer.
-    """
-    shown = [row for row in rows if show_all or row.trunk or row.mark]
-    scale = Scale.of(shown)
-    if not shown:
-        return None
-    folded = fold_rows(shown, show_all=show_all)
-    visible = [row for row in folded if isinstance(row, LayerProfile)]
-    least = 5 if len(visible) == len(folded) else len(f"... {len(shown)} more")
-    name_width = min(max(least, *(len(row.name) for row in visible)), max(least, min(40, width // 4)))
-    kind_width = min(max(4, *(len(row.kind) for row in visible)), 19)
-    marks = any(row.mark for row in visible)
-    bar_width = max(4, width - name_width - kind_width - 9 - 6 - 6 - (6 if marks else 0) - 8)
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    table.add_column("layer", width=name_width, no_wrap=True)
-    table.add_column("kind", width=kind_width, no_wrap=True)
-    table.add_column("|dL/dy|", width=9, justify="right", no_wrap=True)
-    table.add_column(Text(scale.label(bar_width) if scale else ""), width=bar_width, no_wrap=True)
-    table.add_column("gain", width=6, justify="right", no_wrap=True)
-    table.add_column("active", width=6, justify="right", no_wrap=True)
-    if marks:
-        table.add_column("", width=6, no_wrap=True)
-    for row in folded:
-        if isinstance(row, Fold):
-            more = f"... {row.count} more"
-            table.add_row(
-                Text(elide(more, name_width), style="dim"), Text("all alike" if row.alike else "", style="dim")
-            )
-        else:
-            cells = _cells(row, scale, name_width, kind_width, bar_width, ascii_only=ascii_only)
-            table.add_row(*cells, *([Text(row.mark, style="bold red")] if marks else []))
-    return table
+def _turns(rows: Sequence[LayerProfile]) -> Iterator[int]:
+    """Yield the rows at which a gradient begins or ceases to be there, to be zero, or to be finite."""
+    for index, (above, below) in enumerate(itertools.pairwise(rows)):
+        if size_words(above.delta_norm) != size_words(below.delta_norm):
+            yield from (index, index + 1)
 
 
-def _cells(
-    row: LayerProfile, scale: Scale | None, name_width: int, kind_width: int, bar_width: int, *, ascii_only: bool
-) -> list[Text]:
-    style = "bold red" if row.mark else ""
-    size, bar = _size_and_bar(row.delta_norm, scale, bar_width, ascii_only=ascii_only)
-    gain = f"{row.gain:.2g}" if 0.01 <= row.gain < 1000.0 else (f"{row.gain:.0e}" if row.gain > 0.0 else "")
-    active = "" if math.isnan(row.active_fraction) else f"{100 * row.active_fraction:.0f} %"
-    return [
-        Text(elide(row.name or "(model)", name_width), style=style),
-        Text(elide(row.kind, kind_width)),
-        Text(size),
-        Text(bar, style="red" if row.mark else "cyan"),
-        Text("inf" if math.isinf(row.gain) else gain),
-        Text(active),
-    ]
+def _gaps(keep: set[int]) -> Iterator[tuple[int, int]]:
+    """Yield neighbours among the kept rows that have hidden ones between them."""
+    yield from ((a, b) for a, b in itertools.pairwise(sorted(keep)) if b > a + 1)
 
 
-def _size_and_bar(delta: float, scale: Scale | None, width: int, *, ascii_only: bool) -> tuple[str, str]:
-    """Return the size in digits and as a bar; what has no size is said in words, never drawn as an empty bar."""
+def _deviations(keep: set[int], heights: Sequence[float]) -> Iterator[tuple[float, int]]:
+    """Yield, per gap, how far the row furthest off the line lies from it (in decades), and which row that is."""
+    for first, last in _gaps(keep):
+        slope = (heights[last] - heights[first]) / (last - first)
+        offs = [(abs(heights[at] - heights[first] - slope * (at - first)), -at) for at in range(first + 1, last)]
+        known = [off for off in offs if not math.isnan(off[0])]
+        if known:
+            deviation, at = max(known)
+            yield deviation, -at
+
+
+def _lines(keep: set[int], count: int) -> int:
+    """Return how many lines the table has: a gap of one row is shown, a longer one takes a line."""
+    return len(keep) + len(list(_gaps({-1, *keep, count}))) - (0 if {0, count - 1} <= keep else 1)
+
+
+def _folded(
+    rows: Sequence[LayerProfile], keep: set[int], heights: Sequence[float], tolerance: float
+) -> Iterator[LayerProfile | Fold]:
+    previous = -1
+    for index in sorted(keep):
+        hidden = index - previous - 1
+        if hidden == 1:
+            yield rows[index - 1]
+        elif hidden > 1:
+            yield Fold(hidden, _alike(rows, previous, index, heights, tolerance))
+        yield rows[index]
+        previous = index
+
+
+def _alike(rows: Sequence[LayerProfile], first: int, last: int, heights: Sequence[float], tolerance: float) -> bool:
+    words = {size_words(row.delta_norm) for row in rows[first : last + 1]}
+    if len(words) > 1:
+        return False
+    return words != {""} or next(_deviations({first, last}, heights))[0] <= tolerance
+
+
+def caption(rows: Sequence[LayerProfile]) -> str:
+    """Return what the table shows, for who sees one for the first time."""
+    text = "Gradient at each layer's output, input first"
+    return f"{text}; gain: factor to the layer above" if any(gain_text(row.gain) for row in rows) else text
+
+
+def size_text(delta: float) -> str:
+    """Return the size of a gradient in digits, or in a short word."""
     if math.isnan(delta):
-        return "none", "no gradient arrived"[:width]
-    if delta == 0.0:
-        return "0", "exactly zero"[:width]
-    if math.isinf(delta) or scale is None:
-        return "not fin.", "NaN or infinite"[:width]
-    eighths = max(1, round(scale.share(delta) * width * 8))
-    if ascii_only:
-        return f"{delta:.1e}", "#" * max(1, round(eighths / 8))
-    full, part = divmod(eighths, 8)
-    return f"{delta:.1e}", _BLOCKS[8] * full + (_BLOCKS[part] if part else "")
+        return "none"
+    if math.isinf(delta):
+        return "NaN/inf"
+    return "0" if delta == 0.0 else f"{delta:.1e}"
+
+
+def size_words(delta: float) -> str:
+    """Return what is said instead of a bar; empty where there is a size to draw."""
+    if math.isnan(delta):
+        return "none arrived"
+    if math.isinf(delta):
+        return "not finite"
+    return "exactly zero" if delta == 0.0 else ""
+
+
+def gain_text(gain: float) -> str:
+    """Return the factor from this row's output to the previous row's; empty where unknown."""
+    if math.isnan(gain):
+        return ""
+    if gain == 0.0 or math.isinf(gain):
+        return "0" if gain == 0.0 else "inf"
+    if 0.01 <= gain < 1000.0:
+        return f"{gain:.2f}" if gain < 10.0 else f"{gain:.0f}"
+    mantissa, exponent = f"{gain:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def active_text(fraction: float) -> str:
+    """Return the share of active units; empty where it does not apply."""
+    return "" if math.isnan(fraction) else share(fraction)

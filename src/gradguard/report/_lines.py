@@ -60,18 +60,23 @@ def _elide_middle(text: str, width: int) -> str:
     if width <= len(_GAP) + 2:
         return _head(text, width)
     right = (width - len(_GAP)) // 2
-    return _head(text, width - len(_GAP) - right) + _GAP + _head(text[::-1], right)[::-1]
+    return _head(text, width - len(_GAP) - right) + _GAP + _tail(text, right)
 
 
 def _head(text: str, width: int) -> str:
     """Return as much of the beginning as fits into ``width`` cells."""
-    end = used = 0
-    for character in text:
-        used += cell_len(character)
-        if used > width:
-            break
+    end = 0
+    while end < len(text) and cell_len(text[: end + 1]) <= width:
         end += 1
     return text[:end]
+
+
+def _tail(text: str, width: int) -> str:
+    """Return as much of the end as fits into ``width`` cells."""
+    start = len(text)
+    while start > 0 and cell_len(text[start - 1 :]) <= width:
+        start -= 1
+    return text[start:]
 
 
 def wrap(content: Text | str, width: int) -> list[Text]:

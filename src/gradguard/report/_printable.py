@@ -17,9 +17,9 @@ _PLAIN = MappingProxyType({"·": "-", "×": "x", "–": "-", "≤": "<=", "≥":
 
 
 def printable(diagnosis: Diagnosis, *, ascii_only: bool = False) -> Diagnosis:
-    """Return a diagnosis whose texts hold no control characters, so that a name can neither move a cursor nor fail.
+    r"""Return a diagnosis whose texts hold no control characters, so that a name can neither move a cursor nor fail.
 
-    White space of any kind becomes a space; what cannot be shown becomes its Python escape, for instance ``\\x1b``.
+    White space of any kind becomes a space; what cannot be shown becomes its Python escape, for instance ``\x1b``.
     The line breaks of code stay.
 
     Args:
@@ -64,4 +64,4 @@ def _character(character: str, *, ascii_only: bool) -> str:
         return _PLAIN[character]
     if character.isprintable() and (character.isascii() or not ascii_only):
         return character
-    return character.encode("ascii", "backslashreplace").decode("ascii") if ord(character) > 127 else repr(character)[1:-1]
+    return character.encode("unicode_escape").decode("ascii")

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.panel import Panel
-from rich.table import Table
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 from gradguard.findings import Diagnosis
-from gradguard.report._findings import finding_block, remark_line
-from gradguard.report._format import footer_lines, illnesses, remarks, status, summary_line
-from gradguard.report._layers import layer_table
+from gradguard.report._findings import Manner, illness_lines, remark_lines
+from gradguard.report._lines import flow, hang, join, wrap
+from gradguard.report._printable import printable
+from gradguard.report._story import (
+    cost_items,
+    illnesses,
+    others_below,
+    remarks,
+    result_items,
+    status,
+    title,
+    unobserved_texts,
+)
+from gradguard.report._table import layer_table
 
 __all__ = ["print_report", "render"]
 
 _COLOURS = {True: "green", False: "red", None: "yellow"}
+
+_PROSE_MOST = 100
+"""Columns that prose takes at most. Ours: longer lines are hard to follow; the bars may have the rest."""
 
 
 def print_report(diagnosis: Diagnosis, console: Console | None = None, *, show_all: bool = False) -> None:
@@ -27,88 +41,79 @@ def print_report(diagnosis: Diagnosis, console: Console | None = None, *, show_a
     Args:
         diagnosis: What to print.
         console: Where to; standard output otherwise. Colour, width and encoding are the console's affair.
-        show_all: Print every layer, all evidence and the code of every cure.
+        show_all: Print every layer, all evidence, every name, and the code of every cure.
     """
     target = console if console is not None else Console()
-    parts = render(diagnosis, target.options, show_all=show_all)
-    if not target.options.ascii_only:
-        for part in parts:
-            target.print(part, highlight=False)
-        return
-    # Names are the user's, and one that the terminal cannot show must not end a run.
-    plain = Console(file=io.StringIO(), width=target.width, color_system=None, force_terminal=False, _environ={})
-    with plain.capture() as capture:
-        for part in parts:
-            plain.print(part, highlight=False)
-    target.file.write(capture.get().encode("ascii", "backslashreplace").decode("ascii"))
+    options = target.options
+    for part in render(diagnosis, options, show_all=show_all):
+        # Without colour rich still writes codes for bold; who asks for none wants plain text.
+        target.print(Segments(Segment.strip_styles(target.render(part, options))) if target.no_color else part)
 
 
 def render(diagnosis: Diagnosis, options: ConsoleOptions, *, show_all: bool = False) -> Iterable[RenderableType]:
     """Yield the parts of a report, top to bottom.
 
     Args:
-        diagnosis: What to draw.
-        options: Width and encoding of the console.
+        diagnosis: What to draw. Its texts are printed as they are, never read as markup.
+        options: Width and encoding of the console; from 40 columns on nothing runs over the edge.
         show_all: See :func:`print_report`.
     """
     ascii_only = options.ascii_only or options.legacy_windows
-    separator = " - " if ascii_only else " · "
-    yield _banner(diagnosis, ascii_only=ascii_only)
-    yield from _body(diagnosis, separator, show_all=show_all)
-    if diagnosis.healthy is False or show_all:
-        table = layer_table(diagnosis.layers, options.max_width - 1, ascii_only=ascii_only, show_all=show_all)
-        if table is not None:
-            yield Text("")
-            yield _indented(table)
-    yield Text("")
-    for line in footer_lines(diagnosis):
-        yield _paragraph(line.replace(" · ", separator), style="dim")
+    shown = printable(diagnosis, ascii_only=options.ascii_only)
+    manner = Manner(
+        width=min(options.max_width, _PROSE_MOST),
+        code_width=options.max_width,
+        separator=" - " if ascii_only else " · ",
+        show_all=show_all,
+    )
+    yield _banner(shown, manner, ascii_only=ascii_only)
+    sections = _sections(shown, manner, options.max_width, ascii_only=ascii_only)
+    text: list[Text] = []
+    for lines in sections:
+        if lines:
+            text += [Text(""), *lines] if text else lines
+    yield join(text)
 
 
-def _banner(diagnosis: Diagnosis, *, ascii_only: bool) -> RenderableType:
+def _banner(diagnosis: Diagnosis, manner: Manner, *, ascii_only: bool) -> RenderableType:
     colour = _COLOURS[diagnosis.healthy]
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True, style=f"bold {colour}")
-    grid.add_column(overflow="fold")
-    grid.add_row(status(diagnosis), Text(diagnosis.verdict))
-    shape = box.ASCII if ascii_only else box.ROUNDED
-    return Panel(grid, title="gradguard", title_align="left", border_style=colour, box=shape)
+    word = Text(f"{status(diagnosis)}  ", f"bold {colour}")
+    width = max(1, manner.width - 4 - cell_len(word.plain))
+    lines = [*wrap(diagnosis.verdict, width), *wrap(others_below(illnesses(diagnosis)), width)]
+    return Panel(
+        join(hang(lines or [Text("")], word, cell_len(word.plain))),
+        title=Text(title(diagnosis.summary)),
+        title_align="left",
+        border_style=colour,
+        box=box.ASCII if ascii_only else box.ROUNDED,
+    )
 
 
-def _body(diagnosis: Diagnosis, separator: str, *, show_all: bool) -> Iterator[RenderableType]:
-    ill = illnesses(diagnosis)
-    for index, finding in enumerate(ill):
-        if index:
-            yield Text("")
-        consequences = [
-            f
-            for f in diagnosis.findings
-            if f.standing and f.consequence_of == finding.code and f.optimizer == finding.optimizer
-        ]
-        yield finding_block(
-            finding,
-            consequences,
-            diagnosis.summary,
-            separator=separator,
-            say=index > 0,
-            show_all=show_all,
-        )
-    line = summary_line(diagnosis.summary)
-    if line and diagnosis.observations:
-        if ill:
-            yield Text("")
-        yield _paragraph(line)
-    for finding in remarks(diagnosis):
-        yield _indented(remark_line(finding, diagnosis.summary, separator))
+def _sections(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: bool) -> Iterator[list[Text]]:
+    """Yield the parts below the banner, which are set apart by blank lines; a part may be empty."""
+    summary, healthy = diagnosis.summary, diagnosis.healthy
+    for index, illness in enumerate(illnesses(diagnosis)):
+        yield list(illness_lines(illness, summary, manner, say=index > 0))
+    notes = [line for finding in remarks(diagnosis) for line in remark_lines(finding, summary, manner)]
+    results = result_items(summary) if diagnosis.observations else []
+    ending = [
+        line for text in unobserved_texts(diagnosis) for line in hang(wrap(text, max(1, manner.width - 3)), " ", 3)
+    ]
+    if healthy is False:
+        yield _indented(results, manner)
+        yield notes
+    else:
+        yield [*_indented([*results, *cost_items(diagnosis)], manner), *ending, *notes]
+    if healthy is False or manner.show_all:
+        yield _table(diagnosis, manner, width, ascii_only=ascii_only)
+    if healthy is False:
+        yield [*_indented(cost_items(diagnosis), manner), *ending]
 
 
-def _paragraph(text: str, style: str = "") -> RenderableType:
-    return _indented(Text(text, style=style))
+def _indented(items: Iterable[str], manner: Manner) -> list[Text]:
+    return hang(flow(items, max(1, manner.width - 1), manner.separator), " ", 1)
 
 
-def _indented(content: RenderableType) -> RenderableType:
-    grid = Table.grid()
-    grid.add_column(width=1)
-    grid.add_column(overflow="fold")
-    grid.add_row("", content)
-    return grid
+def _table(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: bool) -> list[Text]:
+    lines = layer_table(diagnosis.layers, max(1, width - 1), ascii_only=ascii_only, show_all=manner.show_all)
+    return [Text.assemble(" ", line) for line in lines]

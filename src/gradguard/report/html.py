@@ -1,150 +1,224 @@
-"""The report as a self-contained piece of HTML, for notebooks and mails; readable on light and dark pages."""
+"""The report as a self-contained piece of HTML, for notebooks and mails; readable on light and dark pages.
+
+Everything is written inline, there are no scripts, and text takes the page's own colour. Bars are decoration: the
+number stands beside each of them. Every text of the diagnosis is escaped.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 
-from gradguard.findings import Diagnosis, Finding, LayerProfile
-from gradguard.report._format import (
-    evidence_text,
-    footer_lines,
+from gradguard.findings import Diagnosis, Finding, LayerProfile, Prescription, Severity
+from gradguard.report._cures import trials, untried
+from gradguard.report._layers import (
+    Fold,
+    Scale,
+    active_text,
+    caption,
+    fold_rows,
+    gain_text,
+    rows_to_show,
+    size_text,
+    size_words,
+)
+from gradguard.report._printable import printable
+from gradguard.report._story import (
+    SHOW_ALL,
+    Illness,
+    because,
+    consequence_text,
+    cost_items,
+    headline,
     illnesses,
-    number,
+    others_below,
     remarks,
+    result_items,
     status,
-    summary_line,
-    when,
+    title,
+    unobserved_texts,
     where,
 )
-from gradguard.report._layers import Fold, Scale, fold_rows
 
 __all__ = ["to_html"]
 
-_COLOURS = {True: "#2e7d32", False: "#c62828", None: "#b26a00"}
-_CELL = "padding:1px 10px 1px 0;text-align:left;border:0;background:none;color:inherit"
-_RIGHT = _CELL.replace("left", "right")
+_BADGES = {True: "#2e7d32", False: "#c62828", None: "#8a5a00"}
+"""White text on each of these has a contrast of at least 4.5 to 1. Source: WCAG 2.2, criterion 1.4.3."""
+
+_BARS = {True: "#d9534f", False: "#3d85c6"}
+"""Bars of marked and of other rows: at least 3 to 1 against white and against black. Source: WCAG 2.2, 1.4.11."""
+
+_BOX = "font-family:system-ui,sans-serif;font-size:14px;line-height:1.45;text-align:left;overflow-wrap:anywhere"
+_CELL = "padding:1px 12px 1px 0;border:0;background:transparent;color:inherit;vertical-align:top;font-weight:normal"
+_LEFT = f"{_CELL};text-align:left;white-space:nowrap"
+_NAME = f"{_CELL};text-align:left;overflow-wrap:anywhere;min-width:8em"
+_RIGHT = f"{_CELL};text-align:right;white-space:nowrap"
+_TERM = "margin:0;padding:0;width:auto;float:none;font-weight:bold"
+_TEXT = "margin:0;padding:0;width:auto;min-width:0"
+_CODE = (
+    "margin:2px 0 6px;padding:4px 8px;white-space:pre-wrap;color:inherit;background:rgba(127,127,127,.15);"
+    "font-family:ui-monospace,monospace;font-size:13px"
+)
+_TABLE = "border-collapse:collapse;margin:4px 0;font-variant-numeric:tabular-nums"
+_MUTED = "opacity:.8;margin:4px 0"
+
+_CURES_EXPLAINED = 3
 
 
 def to_html(diagnosis: Diagnosis, *, show_all: bool = False) -> str:
-    """Return a diagnosis as an HTML fragment with inline styles and no scripts.
+    """Return a diagnosis as an HTML fragment: one ``section`` with inline styles and no scripts.
 
     Args:
-        diagnosis: What to draw. Every text in it is escaped.
-        show_all: Show every layer.
+        diagnosis: What to draw.
+        show_all: Show every layer, all evidence, every name, and the code of every cure.
     """
-    return "".join(_parts(diagnosis, show_all=show_all))
+    return "".join(_parts(printable(diagnosis), show_all=show_all))
 
 
 def _parts(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
-    colour = _COLOURS[diagnosis.healthy]
-    yield '<div style="font-family:system-ui,sans-serif;font-size:14px;line-height:1.45;max-width:60em">'
+    summary, ill = diagnosis.summary, illnesses(diagnosis)
+    yield f'<section lang="en" aria-label="{escape(title(summary))} report" style="{_BOX}">'
+    colour = _BADGES[diagnosis.healthy]
     yield (
-        f'<div role="status" style="border-left:5px solid {colour};padding:6px 12px;margin-bottom:8px">'
-        f'<strong style="color:{colour}">{escape(status(diagnosis))}</strong> {escape(diagnosis.verdict)}</div>'
+        f'<p style="border-left:5px solid {colour};padding:4px 12px;margin:0 0 8px">'
+        f'<strong style="background:{colour};color:#fff;padding:1px 8px;border-radius:3px">'
+        f"{escape(status(diagnosis))}</strong> {escape(diagnosis.verdict)}"
     )
-    for index, finding in enumerate(illnesses(diagnosis)):
-        yield from _finding(finding, diagnosis, say=index > 0)
-    line = summary_line(diagnosis.summary)
-    if line and diagnosis.observations:
-        yield f"<p>{escape(line)}</p>"
+    yield f"<br>{escape(others_below(ill))}</p>" if len(ill) > 1 else "</p>"
+    for index, illness in enumerate(ill):
+        yield from _illness(illness, diagnosis, say=index > 0, show_all=show_all)
+    results = result_items(summary) if diagnosis.observations else []
+    costs = cost_items(diagnosis)
+    yield _paragraph(" · ".join(results))
     for finding in remarks(diagnosis):
-        note = " · ".join(part for part in (finding.optimizer, when(finding, diagnosis.summary)) if part)
-        title = escape(f"{finding.code} {finding.name}")
-        yield f"<p><strong>{title}</strong> {escape(note)} {escape(finding.message)}</p>"
+        yield f'<p style="margin:4px 0">{_head(finding, diagnosis)}<br>{escape(finding.message)}</p>'
     if diagnosis.healthy is False or show_all:
-        yield from _table(diagnosis, show_all=show_all)
-    for line in footer_lines(diagnosis):
-        yield f'<p style="opacity:.75;margin:4px 0">{escape(line)}</p>'
-    yield "</div>"
+        yield from _table(rows_to_show(diagnosis.layers, show_all=show_all), show_all=show_all)
+    yield _paragraph(" · ".join(costs), _MUTED)
+    for text in unobserved_texts(diagnosis):
+        yield _paragraph(text, _MUTED)
+    yield "</section>"
 
 
-def _finding(finding: Finding, diagnosis: Diagnosis, *, say: bool) -> Iterator[str]:
-    head = [
-        finding.severity.name,
-        finding.optimizer,
-        when(finding, diagnosis.summary),
-        f"sure {finding.confidence:.2f}",
-    ]
+def _paragraph(text: str, style: str = "margin:4px 0") -> str:
+    return f'<p style="{style}">{escape(text)}</p>' if text else ""
+
+
+def _head(finding: Finding, diagnosis: Diagnosis) -> str:
+    behind = "".join(f" · {escape(text)}" for text in headline(finding, diagnosis.summary))
+    return f"<strong>{escape(f'{finding.code} {finding.name}')}</strong>{behind}"
+
+
+def _illness(illness: Illness, diagnosis: Diagnosis, *, say: bool, show_all: bool) -> Iterator[str]:
+    finding = illness.finding
+    colour = _BADGES[False] if finding.severity >= Severity.ERROR else _BADGES[None]
     yield (
-        f"<h4 style='margin:10px 0 2px'>{escape(f'{finding.code} {finding.name}')} "
-        f"<span style='font-weight:normal'>{escape(' · '.join(part for part in head if part))}</span></h4>"
-        "<dl style='display:grid;grid-template-columns:6em 1fr;margin:0 0 8px'>"
+        f'<div role="heading" aria-level="4" style="border-bottom:1px solid {colour};margin:10px 0 4px">'
+        f"{_head(finding, diagnosis)}</div>"
+        '<dl style="display:grid;grid-template-columns:6em 1fr;gap:1px 8px;margin:0 0 8px">'
     )
-    rows = [("what", finding.message)] if say else []
-    evidence = "; ".join(evidence_text(name, item) for name, item in finding.evidence.items())
-    rows += [
-        ("where", where(finding)),
-        ("because", f"{finding.cause.value}: {evidence}" if evidence else finding.cause),
-    ]
-    if finding.ruled_out:
-        rows.append(("ruled out", " · ".join(f"{item.cause.value} ({item.reason})" for item in finding.ruled_out)))
-    rows += [
-        ("follows", f"{other.code} {other.name}: {other.message}")
-        for other in diagnosis.findings
-        if other.standing and other.consequence_of == finding.code and other.optimizer == finding.optimizer
-    ]
-    for label, text in rows:
-        yield f"<dt><strong>{escape(label)}</strong></dt><dd style='margin:0'>{escape(text)}</dd>"
-    for index, cure in enumerate(finding.prescriptions[:3]):
-        effect = (
-            "untried"
-            if cure.effect is None
-            else f"loss {number(cure.effect.loss_before)} > {number(cure.effect.loss_after)}"
-        )
-        code = f"<pre style='margin:2px 0 6px;white-space:pre-wrap'>{escape(cure.code)}</pre>" if cure.code else ""
-        yield (
-            f"<dt><strong>{'cures' if index == 0 else ''}</strong></dt><dd style='margin:0'>"
-            f"{index + 1} {escape(cure.remedy)} ({escape(effect)}). {escape(cure.reason)}{code}</dd>"
-        )
+    cause, evidence = because(finding, show_all=show_all)
+    following = [consequence_text(other, finding, diagnosis.summary) for other in illness.consequences]
+    yield _entry("what", finding.message if say else "")
+    yield _entry("where", where(finding, show_all=show_all))
+    yield _entry("because", f"{cause}: {evidence}" if evidence else cause)
+    yield _entry("ruled out", " · ".join(f"{item.cause.value} ({item.reason})" for item in finding.ruled_out))
+    yield _term("follows", "<br>".join(escape(text) for text in following))
+    yield _term("cures", "".join(_cures(finding, show_all=show_all)))
+    yield _term("read", f"<code>gradguard explain {escape(finding.code)}</code>")
     yield "</dl>"
 
 
-def _table(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
-    shown = [row for row in diagnosis.layers if show_all or row.trunk or row.mark]
-    scale = Scale.of(shown)
-    if not shown:
+def _entry(label: str, text: str) -> str:
+    return _term(label, escape(text))
+
+
+def _term(label: str, content: str) -> str:
+    """Return one pair of a definition list, nothing where there is nothing to say."""
+    return f'<dt style="{_TERM}">{label}</dt><dd style="{_TEXT}">{content}</dd>' if content else ""
+
+
+def _cures(finding: Finding, *, show_all: bool) -> Iterator[str]:
+    tried, rest = trials(finding), untried(finding)
+    if tried is not None:
+        yield f'<table style="{_TABLE}"><caption style="{_LEFT};caption-side:top">{escape(tried.head)}</caption>'
+        yield f"<thead>{_header(('', 'cure', 'loss', 'effect'), right=(2,))}</thead><tbody>"
+        for item in tried.cures:
+            cells = (item.rank, item.cure.remedy, item.loss, item.note)
+            yield _table_row(cells, right=(2,), bold=item.note == "best")
+        yield "</tbody></table>"
+        if tried.best is not None:
+            yield f"<div>{escape(tried.best.remedy)}: {escape(tried.best.reason)}</div>{_code(tried.best)}"
+    if not rest:
         return
-    title = f" 1e{scale.low} to 1e{scale.high}" if scale else ""
-    yield "<table style='border-collapse:collapse;font-variant-numeric:tabular-nums'><thead><tr>"
-    for label, style in (
-        ("layer", _CELL),
-        ("kind", _CELL),
-        ("|dL/dy|", _RIGHT),
-        (f"log scale{title}", _CELL),
-        ("gain", _RIGHT),
-        ("active", _RIGHT),
-        ("finding", _CELL),
-    ):
-        yield f"<th scope='col' style='{style}'>{escape(label)}</th>"
-    yield "</tr></thead><tbody>"
-    for row in fold_rows(shown, show_all=show_all):
+    explained = rest if show_all else rest[: _CURES_EXPLAINED if tried is None else 0]
+    yield "<div>untried, best first</div>"
+    for index, cure in enumerate(explained):
+        yield f"<div>{index + 1} <strong>{escape(cure.remedy)}</strong>: {escape(cure.reason)}</div>"
+        if index == 0 or show_all:
+            yield _code(cure)
+        if show_all and cure.reference:
+            yield f'<div style="{_MUTED}">{escape(cure.reference)}</div>'
+    names = ", ".join(cure.remedy for cure in rest[len(explained) :])
+    if names:
+        yield f"<div>{'and: ' if explained else ''}{escape(names)}</div>"
+
+
+def _code(cure: Prescription) -> str:
+    return f'<pre style="{_CODE}">{escape(cure.code)}</pre>' if cure.code else ""
+
+
+def _table(rows: Sequence[LayerProfile], *, show_all: bool) -> Iterator[str]:
+    if not rows:
+        return
+    scale = Scale.of(rows)
+    drawn = f"log scale, {scale.ends[0]} to {scale.ends[1]}" if scale is not None else ""
+    marked = any(row.mark for row in rows)
+    labels = ["layer", "kind", "|dL/dy|", drawn, "gain", "active", *(["finding"] if marked else [])]
+    yield f'<table style="{_TABLE}"><caption style="{_LEFT};caption-side:top">{escape(caption(rows))}</caption><thead>'
+    yield _header(labels, right=(2, 4, 5))
+    yield "</thead><tbody>"
+    for row in fold_rows(rows, show_all=show_all):
         if isinstance(row, Fold):
-            alike = ", all alike" if row.alike else ""
-            yield f"<tr><td colspan='7' style='{_CELL}'>... {row.count} more{alike} ...</td></tr>"
+            text = f"... {row.text} ({SHOW_ALL}) ..."
+            cell = f'<td colspan="{len(labels)}" style="{_LEFT};opacity:.8">{text}</td>'
+            yield f'<tr style="background:transparent">{cell}</tr>'
         else:
-            yield _row(row, scale)
+            yield _row(row, scale, marked=marked)
     yield "</tbody></table>"
 
 
-def _row(row: LayerProfile, scale: Scale | None) -> str:
-    if math.isnan(row.delta_norm):
-        size, bar = "none", "no gradient arrived"
-    elif row.delta_norm == 0.0:
-        size, bar = "0", "exactly zero"
-    elif math.isinf(row.delta_norm) or scale is None:
-        size, bar = "not finite", "NaN or infinite"
-    else:
-        size = f"{row.delta_norm:.1e}"
-        colour = "#c62828" if row.mark else "#1976d2"
-        share = max(1.0, 100 * scale.share(row.delta_norm))
-        bar = f"<div aria-hidden='true' style='background:{colour};height:.8em;width:{share:.1f}%'></div>"
-    gain = f"{row.gain:.2g}" if 0.0 < row.gain < math.inf else ""
-    active = "" if math.isnan(row.active_fraction) else f"{100 * row.active_fraction:.0f} %"
+def _header(labels: Sequence[str], *, right: Sequence[int]) -> str:
+    cells = (
+        f'<th scope="col" style="{_RIGHT if index in right else _LEFT};font-weight:bold">{escape(label)}</th>'
+        for index, label in enumerate(labels)
+    )
+    return f'<tr style="background:transparent">{"".join(cells)}</tr>'
+
+
+def _table_row(cells: Sequence[str], *, right: Sequence[int], bold: bool) -> str:
+    weight = ";font-weight:bold" if bold else ""
+    drawn = (
+        f'<td style="{_RIGHT if index in right else _LEFT}{weight}">{escape(text)}</td>'
+        for index, text in enumerate(cells)
+    )
+    return f'<tr style="background:transparent">{"".join(drawn)}</tr>'
+
+
+def _row(row: LayerProfile, scale: Scale | None, *, marked: bool) -> str:
+    bar = size_words(row.delta_norm)
+    if not bar and scale is not None:
+        share = max(0.5, 100.0 * scale.share(row.delta_norm))
+        colour = _BARS[bool(row.mark)]
+        drawn = f"background:{colour};height:.8em;margin-top:.3em;width:{share:.1f}%"
+        bar = f'<div aria-hidden="true" style="{drawn}"></div>'
+    bold = ";font-weight:bold" if row.mark else ""
+    mark = f'<td style="{_LEFT}{bold}">{escape(row.mark)}</td>' if marked else ""
     return (
-        f"<tr><td style='{_CELL}'>{escape(row.name)}</td><td style='{_CELL}'>{escape(row.kind)}</td>"
-        f"<td style='{_RIGHT}'>{size}</td><td style='{_CELL};min-width:14em'>{bar}</td>"
-        f"<td style='{_RIGHT}'>{gain}</td><td style='{_RIGHT}'>{active}</td>"
-        f"<td style='{_CELL}'>{escape(row.mark)}</td></tr>"
+        '<tr style="background:transparent">'
+        f'<th scope="row" style="{_NAME}{bold}">{escape(row.name or "(model)")}</th>'
+        f'<td style="{_LEFT}">{escape(row.kind)}</td><td style="{_RIGHT}">{size_text(row.delta_norm)}</td>'
+        f'<td style="{_LEFT};min-width:16em">{bar}</td><td style="{_RIGHT}">{gain_text(row.gain)}</td>'
+        f'<td style="{_RIGHT}">{active_text(row.active_fraction)}</td>'
+        f"{mark}</tr>"
     )
