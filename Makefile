@@ -13,10 +13,10 @@ MISSING := $(shell $(BIN)/python $(RECENT) || echo missing)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean missing
+.PHONY: help demo test lint clinic clinic-quick clean missing
 
 help:  ## Say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## Diagnose a sick 20-layer network and its healthy twin
 	$(BIN)/gradguard demo
@@ -29,6 +29,12 @@ lint: $(STAMP)  ## Check style, formatting, types and the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+clinic: $(STAMP)  ## Score gradguard and its rivals on 206 labelled configurations, five seeds each; about half an hour
+	$(BIN)/python -m benchmarks.clinic
+
+clinic-quick: $(STAMP)  ## The same on a third of them, one seed; under three minutes
+	$(BIN)/python -m benchmarks.clinic --quick --results out/clinic/quick.jsonl --json out/clinic/quick.json
 
 clean:  ## Remove the environment and everything that tools have left behind
 	rm -rf $(VENV) .coverage htmlcov dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""The clinic: labelled training runs that score gradguard. See ``python -m benchmarks.clinic --help``."""

@@ -1,4 +1,4 @@
-"""Networks of the clinic: perceptrons, convolutions, residual nets, autoencoders. Their own, so that labels stay put."""
+"""Networks of the clinic: perceptrons, convolutions, residual nets, autoencoders. Its own, so that labels stay put."""
 
 from __future__ import annotations
 
@@ -82,7 +82,6 @@ def mlp(
     init: str = "default",
     gain: float = 1.0,
     norm: Callable[[int], nn.Module] | None = None,
-    dropout: float = 0.0,
 ) -> nn.Sequential:
     """Return a perceptron with ``depth`` linear layers, the output layer included.
 
@@ -95,7 +94,6 @@ def mlp(
         init: See :func:`initialize`; the output layer gets ``"xavier"`` unless it is the default.
         gain: Factor on hidden weights.
         norm: Makes a normalization in front of each activation.
-        dropout: Share of units dropped behind each activation, 0 for none.
     """
     layers: list[nn.Module] = []
     fan_in = inputs
@@ -106,8 +104,6 @@ def mlp(
         if norm is not None:
             layers.append(norm(width))
         layers.append(activation())
-        if dropout:
-            layers.append(nn.Dropout(dropout))
         fan_in = width
     head = nn.Linear(fan_in, outputs)
     initialize(head, "default" if init == "default" else "xavier")
@@ -181,6 +177,10 @@ class ConvNet(nn.Module):
         self.norms = nn.ModuleList(make(width) for _ in range(2 * blocks))
         self.relus = nn.ModuleList(nn.ReLU(inplace=True) for _ in range(2 * blocks + 1))
         self.out = nn.Linear(width, 10)
+        if norm is None:
+            for index, conv in enumerate(self.convs):
+                if isinstance(conv, nn.Conv2d):
+                    initialize(conv, "he", 1.0 if index % 2 == 0 else 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of shape ``[batch, 10]``."""

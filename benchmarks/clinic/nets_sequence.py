@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Attention", "Block", "CharacterRNN", "Decoder", "DigitTransformer", "RecallNet", "RowReader", "TextNet"]
+__all__ = [
+    "Attention",
+    "Block",
+    "CharacterRNN",
+    "Decoder",
+    "DigitTransformer",
+    "MakeRecurrent",
+    "RecallNet",
+    "RowReader",
+    "TextNet",
+]
+
+MakeRecurrent: TypeAlias = Callable[..., nn.RNNBase]
 
 
 class Attention(nn.Module):
@@ -35,8 +49,7 @@ class Attention(nn.Module):
         """
         batch, length, width = x.shape
         query, key, value = (
-            layer(x).view(batch, length, self.heads, -1).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
+            layer(x).view(batch, length, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
         logits = query @ key.transpose(-1, -2) * self.scale
         if self.causal:
@@ -67,14 +80,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return an output like ``x``; see :class:`Attention`."""
-        if not self.pre_norm:
+        if self.pre_norm:
+            branch = self.drop(self.attention(self.norm1(x), hidden))
+            x = x + (branch if self.gamma1 is None else self.gamma1 * branch)
+            branch = self.drop(self.mlp(self.norm2(x)))
+            x = x + (branch if self.gamma2 is None else self.gamma2 * branch)
+        else:
             x = self.norm1(x + self.drop(self.attention(x, hidden)))
-            result: Tensor = self.norm2(x + self.drop(self.mlp(x)))
-            return result
-        branch = self.drop(self.attention(self.norm1(x), hidden))
-        x = x + (branch if self.gamma1 is None else self.gamma1 * branch)
-        branch = self.drop(self.mlp(self.norm2(x)))
-        return x + (branch if self.gamma2 is None else self.gamma2 * branch)
+            x = self.norm2(x + self.drop(self.mlp(x)))
+        return x
 
 
 class DigitTransformer(nn.Module):
@@ -115,7 +129,14 @@ class Decoder(nn.Module):
     """Causal language model over characters."""
 
     def __init__(
-        self, letters: int, layers: int = 2, *, width: int = 48, length: int = 48, tied: bool = False, dropout: float = 0.0
+        self,
+        letters: int,
+        layers: int = 2,
+        *,
+        width: int = 48,
+        length: int = 48,
+        tied: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(letters, width)
@@ -140,10 +161,26 @@ class Decoder(nn.Module):
 class CharacterRNN(nn.Module):
     """Recurrent language model over characters."""
 
-    def __init__(self, letters: int, *, kind: type[nn.RNNBase] = nn.LSTM, width: int = 64) -> None:
+    def __init__(
+        self, letters: int, *, kind: MakeRecurrent = nn.LSTM, width: int = 64, identity: float | None = None
+    ) -> None:
+        """Make the model.
+
+        Args:
+            letters: Size of the alphabet.
+            kind: ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU``.
+            width: Hidden width.
+            identity: Make it an IRNN: ReLU, and a hidden matrix of so many times the identity (Le et al. 2015).
+        """
         super().__init__()
         self.embed = nn.Embedding(letters, 32)
-        self.rnn = kind(32, width, batch_first=True)  # type: ignore[call-arg]  # RNNBase asks for a mode its subclasses know
+        options = {} if identity is None else {"nonlinearity": "relu"}
+        self.rnn = kind(32, width, batch_first=True, **options)
+        if identity is not None:
+            with torch.no_grad():
+                nn.init.eye_(self.rnn.get_parameter("weight_hh_l0")).mul_(identity)
+                self.rnn.get_parameter("bias_ih_l0").zero_()
+                self.rnn.get_parameter("bias_hh_l0").zero_()
         self.head = nn.Linear(width, letters)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,9 +192,9 @@ class CharacterRNN(nn.Module):
 class RowReader(nn.Module):
     """Recurrent net that reads a digit row by row."""
 
-    def __init__(self, kind: type[nn.RNNBase], hidden: int = 32) -> None:
+    def __init__(self, kind: MakeRecurrent, hidden: int = 32) -> None:
         super().__init__()
-        self.rnn = kind(8, hidden, batch_first=True)  # type: ignore[call-arg]  # as above
+        self.rnn = kind(8, hidden, batch_first=True)
         self.out = nn.Linear(hidden, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,36 +209,31 @@ class RecallNet(nn.Module):
     Args:
         kind: ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU``.
         start: ``"default"``, ``"orthogonal"`` (hidden matrix, times ``gain``), ``"chrono"`` (LSTM gates for sequences
-            of ``length``), ``"keep"`` (GRU gate for such sequences) or ``"identity"`` (IRNN, times ``gain``).
+            of ``length``) or ``"keep"`` (GRU gate for such sequences).
         gain: Factor on the hidden matrix.
         length: Steps to remember over.
     """
 
     def __init__(
-        self, kind: type[nn.RNNBase], start: str = "default", *, gain: float = 1.0, length: int = 48, hidden: int = 32
+        self, kind: MakeRecurrent, start: str = "default", *, gain: float = 1.0, length: int = 48, hidden: int = 32
     ) -> None:
         super().__init__()
-        options = {"nonlinearity": "relu"} if start == "identity" else {}
-        self.rnn = kind(8, hidden, batch_first=True, **options)  # type: ignore[call-arg]  # as above
+        self.rnn = kind(8, hidden, batch_first=True)
         self.out = nn.Linear(hidden, 4)
         with torch.no_grad():
             if start == "orthogonal":
-                nn.init.orthogonal_(self.rnn.weight_hh_l0, gain)
-            elif start == "identity":
-                nn.init.eye_(self.rnn.weight_hh_l0).mul_(gain)
-                self.rnn.bias_ih_l0.zero_()
-                self.rnn.bias_hh_l0.zero_()
+                nn.init.orthogonal_(self.rnn.get_parameter("weight_hh_l0"), gain)
             elif start in {"chrono", "keep"}:
                 self._remember(start, length, hidden)
 
     def _remember(self, start: str, length: int, hidden: int) -> None:
         """Set gate biases for memories of up to ``length`` steps: Tallec and Ollivier (2018), ICLR."""
-        self.rnn.bias_ih_l0.zero_()
-        self.rnn.bias_hh_l0.zero_()
+        offset = self.rnn.get_parameter("bias_ih_l0").zero_()
+        self.rnn.get_parameter("bias_hh_l0").zero_()
         bias = torch.log(torch.empty(hidden).uniform_(1, length - 1))
-        self.rnn.bias_ih_l0[hidden : 2 * hidden] = bias
+        offset[hidden : 2 * hidden] = bias
         if start == "chrono":
-            self.rnn.bias_ih_l0[:hidden] = -bias
+            offset[:hidden] = -bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of shape ``[batch, 4]``."""

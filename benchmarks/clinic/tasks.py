@@ -98,7 +98,6 @@ def classify(
     steps: int = 240,
     size: int = 64,
     measure: str = "accuracy",
-    loss: Callable[[nn.Module, Any], Tensor] = _cross_entropy,
     parameters: Iterable[Any] | None = None,
     **options: Any,
 ) -> Job:
@@ -112,9 +111,8 @@ def classify(
         steps: Optimizer steps.
         size: Examples in a batch.
         measure: ``"accuracy"`` or ``"information"``, both held out; ``"known"`` is information on the training data.
-        loss: Cross-entropy by default.
         parameters: What the optimizer gets, by default all that is trainable.
-        **options: Further fields of :class:`Job`.
+        **options: Further fields of :class:`Job`; its loss is the cross-entropy by default.
     """
 
     def quality(model: nn.Module) -> float:
@@ -129,13 +127,12 @@ def classify(
         optimizers=(optimizer(_trainable(model) if parameters is None else parameters),),
         steps=steps,
         batch=sampler(data, size, seed),
-        loss=loss,
         quality=quality,
         accuracies=lambda model: (
             accuracy(model, data.x[:256], data.y[:256]),
             accuracy(model, data.test_x[:256], data.test_y[:256]),
         ),
-        **options,
+        **{"loss": _cross_entropy, **options},
     )
 
 
@@ -241,7 +238,14 @@ def language(
 
 
 def remember(
-    model: nn.Module, optimizer: MakeOptimizer, seed: int, *, length: int, steps: int = 300, size: int = 64, **options: Any
+    model: nn.Module,
+    optimizer: MakeOptimizer,
+    seed: int,
+    *,
+    length: int,
+    steps: int = 300,
+    size: int = 64,
+    **options: Any,
 ) -> Job:
     """Return a job of naming the first symbol after ``length`` steps; quality is how far above chance (1/4) it gets."""
     draw = recall(size, length, seed)

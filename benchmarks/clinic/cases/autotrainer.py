@@ -58,9 +58,9 @@ def with_exponential(seed: int) -> Job:
 
 CASES = (
     healthy("autotrainer/blob-tanh-6-adam", narrow(blobs, 6, nn.Tanh, adam(3e-3), size=256), learns=0.7),
-    healthy("autotrainer/circle-tanh-8-adam", narrow(circles, 8, nn.Tanh, adam(5e-3)), learns=0.75),
+    healthy("autotrainer/circle-tanh-8-adam", narrow(circles, 8, nn.Tanh, adam(1e-2)), learns=0.6),
     healthy("autotrainer/blob-tanh-12-adagrad", narrow(blobs, 12, nn.Tanh, adagrad(0.03), size=256), learns=0.6),
-    healthy("autotrainer/circle-relu-4-adam", narrow(circles, 4, nn.LeakyReLU, adam(5e-3), init="he"), learns=0.75),
+    healthy("autotrainer/circle-elu-4-adam", narrow(circles, 4, nn.ELU, adam(1e-2), init="he"), learns=0.75),
     healthy("autotrainer/lenet-adam", small_lenet(adam(2e-3)), learns=0.85),
     sick(
         "autotrainer/blob-sigmoid-9",
@@ -73,7 +73,7 @@ CASES = (
     ),
     sick(
         "autotrainer/circle-sigmoid-14",
-        narrow(circles, 14, nn.Sigmoid, adam(5e-3)),
+        narrow(circles, 14, nn.Sigmoid, adam(1e-2)),
         "fourteen sigmoid layers of width 5",
         code="GG101",
         twin="autotrainer/circle-tanh-8-adam",
@@ -92,13 +92,14 @@ CASES = (
     ),
     sick(
         "autotrainer/circle-dying-relu-18",
-        narrow(circles, 18, nn.ReLU, adam(), init="he-uniform"),
+        narrow(circles, 18, nn.ReLU, adam(1e-2), init="he-uniform"),
         "eighteen ReLU layers of width 5 die within the first steps, or at once",
         code="GG301",
         also=("no_gradient", "vanishing"),
-        twin="autotrainer/circle-relu-4-adam",
+        twin="autotrainer/circle-elu-4-adam",
         phase="initialization",
         cure="LeakyReLU or SELU",
+        margin=0.2,
     ),
     sick(
         "autotrainer/circle-small-uniform-16",
@@ -106,7 +107,7 @@ CASES = (
         "weights within 0.05 of zero",
         code="GG101",
         also=("dead", "initialization"),
-        twin="autotrainer/circle-relu-4-adam",
+        twin="autotrainer/circle-elu-4-adam",
         phase="initialization",
         cure="He initialization",
     ),

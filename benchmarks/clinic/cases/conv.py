@@ -30,7 +30,13 @@ def plain(
 ) -> Callable[[int], Job]:
     """Return a builder of a plain stack of convolutions on digits."""
     return lambda seed: classify(
-        PlainConv(depth, init=init, norm=norm, **options), digits(), optimizer, seed, size=32, steps=160, measure=measure
+        PlainConv(depth, init=init, norm=norm, **options),
+        digits(),
+        optimizer,
+        seed,
+        size=32,
+        steps=160,
+        measure=measure,
     )
 
 
@@ -53,7 +59,11 @@ def residual(norm: Callable[[int], nn.Module] | None, optimizer: MakeOptimizer) 
 CASES = (
     healthy("conv/plain-6-adam", plain(6, adam(), init="he"), learns=0.9),
     healthy("conv/plain-he-12-sgd", plain(12, sgd(0.005), init="he"), learns=0.7),
-    healthy("conv/batchnorm-8-sgd", plain(8, sgd(0.02), init="he", norm=nn.BatchNorm2d, width=3, measure="known"), learns=0.5),
+    healthy(
+        "conv/batchnorm-8-sgd",
+        plain(8, sgd(0.02), init="he", norm=nn.BatchNorm2d, width=3, measure="known"),
+        learns=0.5,
+    ),
     healthy("conv/groupnorm-8-adam", plain(8, adam(), init="he", norm=GroupNorm), learns=0.9),
     healthy("conv/resnet-batchnorm-sgd", residual(nn.BatchNorm2d, sgd(0.05)), "in-place ReLUs", learns=0.85),
     healthy("conv/resnet-no-norm-adam", residual(None, adam(3e-3)), learns=0.5),

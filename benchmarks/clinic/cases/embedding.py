@@ -74,9 +74,9 @@ def looked_up(seed: int) -> Job:
 
 
 def killed(seed: int) -> Job:
-    model = TextNet()
-    nn.init.constant_(model.hidden.bias, -30.0)
-    return classify(model, snippets(), adam(5e-3), seed, steps=200, size=32, measure="known")
+    job = sparse_sgd(seed)
+    nn.init.constant_(job.model.get_parameter("hidden.bias"), -30.0)
+    return job
 
 
 CASES = (
@@ -111,7 +111,7 @@ CASES = (
         "a bias of -30 keeps the hidden layer at zero",
         code="GG301",
         culprit=("hidden", "head"),
-        twin="embedding/dense-adam",
+        twin="embedding/sparse-sgd",
         phase="initialization",
         cure="initialise that bias at zero",
     ),

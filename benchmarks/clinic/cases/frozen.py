@@ -23,7 +23,7 @@ class LowRank(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int = 8, *, both_zero: bool = False) -> None:
         super().__init__()
-        self.base = base.requires_grad_(requires_grad=False)
+        self.base = base.requires_grad_(False)
         self.down = nn.Linear(base.in_features, rank, bias=False)
         self.up = nn.Linear(rank, base.out_features, bias=False)
         nn.init.zeros_(self.up.weight)
@@ -68,7 +68,7 @@ def adapted(*, both_zero: bool = False) -> Callable[[int], Job]:
 def half_frozen(seed: int) -> Job:
     model = pretrained(seed)
     for parameter in model[:4].parameters():
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad_(False)
     return classify(model, inverted(), adam(), seed, measure="known")
 
 
@@ -94,12 +94,12 @@ def thawing(seed: int) -> Job:
     model = pretrained(seed)
     layers = [layer for layer in model if isinstance(layer, nn.Linear)]
     for layer in layers[:-1]:
-        layer.requires_grad_(requires_grad=False)
+        layer.requires_grad_(False)
 
     def thaw(step: int) -> None:
         open_layers = 1 + step // 40
         for layer in layers[-open_layers:]:
-            layer.requires_grad_(requires_grad=True)
+            layer.requires_grad_(True)
 
     job = classify(model, inverted(), adam(), seed, parameters=list(model.parameters()), measure="known")
     job.before_step = thaw

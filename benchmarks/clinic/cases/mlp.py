@@ -92,9 +92,7 @@ CASES = (
         "SGD without momentum",
         learns=0.85,
     ),
-    healthy(
-        "mlp/layernorm-relu-20-sgd", on_digits(20, nn.ReLU, sgd(0.01), init="he", norm=nn.LayerNorm), learns=0.8
-    ),
+    healthy("mlp/layernorm-relu-20-sgd", on_digits(20, nn.ReLU, sgd(0.01), init="he", norm=nn.LayerNorm), learns=0.8),
     healthy(
         "mlp/batchnorm-sigmoid-12-adam",
         on_digits(12, nn.Sigmoid, adam(3e-3), init="xavier", norm=nn.BatchNorm1d),
@@ -132,8 +130,8 @@ CASES = (
     ),
     sick(
         "mlp/sigmoid-70-adam",
-        on_digits(70, nn.Sigmoid, adam(5e-4), init="xavier", steps=120),
-        "seventy sigmoid layers: the gradient underflows to exactly zero",
+        on_digits(70, nn.Sigmoid, adam(5e-4), init="xavier", gain=0.5, steps=120),
+        "seventy sigmoid layers with small weights: the gradient underflows to exactly zero",
         code="GG101",
         twin="mlp/tanh-orthogonal-40-adam",
         phase="initialization",

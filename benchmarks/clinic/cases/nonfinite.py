@@ -108,21 +108,28 @@ def standardized(*, safe: bool) -> Callable[[int], Job]:
     return build
 
 
-def corrupt(*, at: int | None) -> Callable[[int], Job]:
+def on_cancer(seed: int) -> Job:
+    return classify(mlp(30, 2, 4, nn.Tanh, width=32), breast_cancer(), sgd(0.05), seed, size=32)
+
+
+def on_cancer_adam(seed: int) -> Job:
+    return classify(mlp(30, 2, 3, width=32), breast_cancer(), adam(), seed, size=32)
+
+
+def corrupt(make: Callable[[int], Job], at: int) -> Callable[[int], Job]:
     """Return a builder in which one weight turns non-finite: in the checkpoint (step 0) or during the run."""
 
     def build(seed: int) -> Job:
-        job = classify(mlp(30, 2, 4, nn.Tanh, width=32), breast_cancer(), sgd(0.05), seed, size=32)
-        if at is not None:
-            weight = job.model.get_parameter("2.weight")
+        job = make(seed)
+        weight = job.model.get_parameter("2.weight")
 
-            def spoil(step: int) -> None:
-                if step == at:
-                    with torch.no_grad():
-                        weight[3, 5] = float("nan") if at == 0 else float("inf")
+        def spoil(step: int) -> None:
+            if step == at:
+                with torch.no_grad():
+                    weight[3, 5] = float("nan") if at == 0 else float("inf")
 
-            spoil(0)
-            job.before_step = spoil
+        spoil(0)
+        job.before_step = spoil
         return job
 
     return build
@@ -175,17 +182,13 @@ CASES = (
     healthy("non_finite/length-safe", with_module(Length, safe=True), "a root near zero", learns=0.85),
     healthy("non_finite/chosen-safe", with_module(Chosen, safe=True), "where() around a root", learns=0.85),
     healthy("non_finite/standardize-safe", standardized(safe=True), "features without spread", learns=0.85),
-    healthy("non_finite/tanh-breast-cancer-sgd", corrupt(at=None), learns=0.85),
+    healthy("non_finite/tanh-breast-cancer-sgd", on_cancer, learns=0.85),
     healthy(
         "non_finite/relu-wine-adam",
         lambda seed: classify(mlp(13, 3, 3, width=32), wine(), adam(), seed, size=32),
         learns=0.85,
     ),
-    healthy(
-        "non_finite/relu-breast-cancer-adam",
-        lambda seed: classify(mlp(30, 2, 3, width=32), breast_cancer(), adam(), seed, size=32),
-        learns=0.85,
-    ),
+    healthy("non_finite/relu-breast-cancer-adam", on_cancer_adam, learns=0.85),
     sick(
         "non_finite/logarithm-of-zero",
         with_module(Logarithm, safe=False),
@@ -229,7 +232,7 @@ CASES = (
     ),
     sick(
         "non_finite/corrupt-checkpoint",
-        corrupt(at=0),
+        corrupt(on_cancer, 0),
         "one weight is NaN from the start",
         code="GG204",
         culprit=("2",),
@@ -239,11 +242,11 @@ CASES = (
     ),
     sick(
         "non_finite/corrupted-on-the-way",
-        corrupt(at=70),
+        corrupt(on_cancer_adam, 70),
         "one weight turns infinite at step 70",
         code="GG204",
         culprit=("2",),
-        twin="non_finite/tanh-breast-cancer-sgd",
+        twin="non_finite/relu-breast-cancer-adam",
         onset=70,
         cure="resume from before",
     ),

@@ -74,8 +74,8 @@ class Cast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's output in single precision."""
-        result: Tensor = self.model(x.to(self.dtype)).float()
-        return result
+        result: Tensor = self.model(x.to(self.dtype))
+        return result.float()
 
 
 def overflowing(*, sick: bool) -> Callable[[int], Job]:
@@ -87,7 +87,7 @@ def overflowing(*, sick: bool) -> Callable[[int], Job]:
 
         def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             logits = model(batch[0])
-            penalty = (100 * logits).square().sum() if sick else logits.square().mean().float()
+            penalty: Tensor = (100 * logits).square().sum() if sick else logits.square().mean().float()
             return F.cross_entropy(logits.float(), batch[1]) + 1e-4 * penalty
 
         job.loss = loss
@@ -129,7 +129,9 @@ CASES = (
         learns=0.85,
     ),
     healthy("precision/fp32-small-rate-adam", in_type(deep, torch.float32, adam(2e-4)), learns=0.5),
-    healthy("precision/fp32-relu-sgd", in_type(lambda: mlp(64, 10, 4, init="he"), torch.float32, sgd(1e-3)), learns=0.5),
+    healthy(
+        "precision/fp32-relu-sgd", in_type(lambda: mlp(64, 10, 4, init="he"), torch.float32, sgd(1e-3)), learns=0.5
+    ),
     sick(
         "precision/fp16-underflow-autoencoder",
         coded(scaled=False),

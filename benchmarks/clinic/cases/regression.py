@@ -17,7 +17,9 @@ __all__ = ["CASES"]
 
 
 def regress(depth: int, optimizer: MakeOptimizer, *, init: str = "he", gain: float = 1.0) -> Callable[[int], Job]:
-    return lambda seed: fit(mlp(10, 1, depth, width=32, init=init, gain=gain), diabetes(), optimizer, seed, held_out=False)
+    return lambda seed: fit(
+        mlp(10, 1, depth, width=32, init=init, gain=gain), diabetes(), optimizer, seed, held_out=False
+    )
 
 
 def heavy(seed: int) -> Job:
@@ -29,9 +31,24 @@ def heavy(seed: int) -> Job:
     return fit(mlp(10, 1, 4, nn.Tanh, width=32), noisy, adam(3e-3), seed, loss=F.smooth_l1_loss)
 
 
+def below_zero(*, sound: bool) -> Callable[[int], Job]:
+    """Return a builder with negative targets, for a net with or without (sound) a ReLU behind its last layer."""
+
+    def build(seed: int) -> Job:
+        data = diabetes()
+        shifted = Data(x=data.x, y=data.y - 3, test_x=data.x, test_y=data.y - 3)
+        layers = list(mlp(10, 1, 4, width=32, init="he"))
+        model = nn.Sequential(*layers) if sound else nn.Sequential(*layers, nn.ReLU())
+        return fit(model, shifted, adam(3e-3), seed, held_out=False)
+
+    return build
+
+
 def unit_interval(data: Data) -> Data:
     low, high = data.x.min(), data.x.max()
-    return Data(x=(data.x - low) / (high - low), y=data.y, test_x=(data.test_x - low) / (high - low), test_y=data.test_y)
+    return Data(
+        x=(data.x - low) / (high - low), y=data.y, test_x=(data.test_x - low) / (high - low), test_y=data.test_y
+    )
 
 
 def bootstrapped(discount: float) -> Callable[[int], Job]:
@@ -101,6 +118,7 @@ CASES = (
     healthy("regression/relu-5-adam", regress(5, adam()), learns=0.45),
     healthy("regression/relu-3-sgd", regress(3, sgd(0.01)), learns=0.4),
     healthy("regression/huber-heavy-tails", heavy, "targets with infinite variance", learns=0.35),
+    healthy("regression/shifted-targets-adam", below_zero(sound=True), learns=0.3),
     healthy("regression/bootstrapped", bootstrapped(0.3), "the target moves with the prediction", learns=0.3),
     healthy(
         "autoencoder/tanh-adam",
@@ -123,7 +141,7 @@ CASES = (
         bootstrapped(3.0),
         "the target is three times the prediction and more: the loss grows without bound",
         code="GG505",
-        also=("exploding", "learning_rate"),
+        also=("exploding",),
         twin="regression/bootstrapped",
         cure="a discount below 1",
     ),
@@ -136,6 +154,16 @@ CASES = (
         twin="regression/relu-3-sgd",
         phase="initialization",
         cure="He initialization",
+    ),
+    sick(
+        "regression/relu-output",
+        below_zero(sound=False),
+        "a ReLU behind the last layer, and negative targets: the output dies within a few steps",
+        code="GG301",
+        also=("no_gradient",),
+        culprit=("7", "6"),
+        twin="regression/shifted-targets-adam",
+        cure="drop the last ReLU",
     ),
     sick(
         "regression/rate-too-high",

@@ -27,6 +27,9 @@ our cures fit."""
 
 _CODE_LEFT = 6
 
+_REMEDY_LEAST = 12
+"""Columns without which the effects of cures are no table but plain lines."""
+
 _FOLLOWING_SHOWN = 5
 """Consequences that are listed, unless everything is shown. Ours."""
 
@@ -144,7 +147,12 @@ def _effects(tried: Trials, width: int) -> Iterable[Text]:
     losses = max(cell_len(item.loss) for item in tried.cures)
     notes = max(cell_len(item.note) for item in tried.cures)
     longest = max(cell_len(item.cure.remedy) for item in tried.cures)
-    names = max(1, min(longest, width - _MARK - losses - notes - 4))
+    names = min(longest, width - _MARK - losses - notes - 4)
+    if names < min(longest, _REMEDY_LEAST):
+        for item in tried.cures:
+            parts = wrap(f"{item.cure.remedy} {item.loss} {item.note}", max(1, width - _MARK))
+            yield from hang(parts, pad(item.rank, _MARK), _MARK)
+        return
     for item in tried.cures:
         style = "bold green" if item.note == "best" else ""
         name = pad(elide(item.cure.remedy, names), names)

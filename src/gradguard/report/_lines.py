@@ -81,30 +81,29 @@ def _tail(text: str, width: int) -> str:
 
 def wrap(content: Text | str, width: int) -> list[Text]:
     """Break a paragraph into lines of at most ``width`` cells, at spaces only; overlong words lose their middle."""
-    text = _shortened(content if isinstance(content, Text) else Text(content), width)
+    text, words = _shortened(content if isinstance(content, Text) else Text(content), width)
     lines: list[Text] = []
-    start = stop = None
-    for word in _WORD.finditer(text.plain):
-        if start is None or stop is None:
-            start = word.start()
-        elif cell_len(text.plain[start : word.end()]) > width:
-            lines.append(text[start:stop])
-            start = word.start()
-        stop = word.end()
-    if start is not None and stop is not None:
-        lines.append(text[start:stop])
+    first = 0
+    for index in range(1, len(words) + 1):
+        start = words[first][0]
+        if index == len(words) or cell_len(text.plain[start : words[index][1]]) > width:
+            lines.append(text[start : words[index - 1][1]])
+            first = index
     return lines
 
 
-def _shortened(text: Text, width: int) -> Text:
-    result = Text(style=text.style)
-    end = 0
+def _shortened(text: Text, width: int) -> tuple[Text, list[tuple[int, int]]]:
+    """Return a text whose words fit into ``width`` cells, and where they begin and end."""
+    result, words, end = Text(style=text.style), [], 0
     for word in _WORD.finditer(text.plain):
+        result.append_text(text[end : word.start()])
+        start, end = len(result), word.end()
         if cell_len(word.group()) > width:
-            result.append_text(text[end : word.start()])
             result.append(elide(word.group(), width))
-            end = word.end()
-    return result.append_text(text[end:]) if end else text
+        else:
+            result.append_text(text[word.start() : end])
+        words.append((start, len(result)))
+    return result, words
 
 
 def flow(items: Iterable[Text | str], width: int, separator: str) -> list[Text]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -43,12 +43,15 @@ class _Column:
 
     head: str
     cells: tuple[str, ...]
-    right: bool = False
-    style: str = ""
+    width: int
+    right: bool
+    style: str
 
-    @property
-    def width(self) -> int:
-        return max(cell_len(text) for text in (self.head, *self.cells))
+    @classmethod
+    def of(cls, head: str, cells: Iterable[str], *, right: bool = False, style: str = "") -> _Column:
+        """Return a column as wide as its widest cell."""
+        texts = tuple(cells)
+        return cls(head, texts, max(cell_len(text) for text in (head, *texts)), right, style)
 
     def cell(self, index: int | None) -> Text:
         """Return the cell of a row, or the heading for ``None``."""
@@ -97,11 +100,11 @@ _ROOT = "(model)"
 def _columns(rows: Sequence[LayerProfile], width: int, gap: int, *, empty: str) -> tuple[list[_Column], list[_Column]]:
     """Return the columns before and behind the bar; what the width has no room for is left out, least needed first."""
     columns = {
-        "kind": _Column("kind", tuple(elide(row.kind, _KIND_MOST) for row in rows)),
-        "size": _Column("|dL/dy|", tuple(size_text(row.delta_norm) for row in rows), right=True),
-        "gain": _Column("gain", tuple(gain_text(row.gain) or empty for row in rows), right=True),
-        "active": _Column("active", tuple(active_text(row.active_fraction) or empty for row in rows), right=True),
-        "mark": _Column("", tuple(row.mark for row in rows), style="bold red"),
+        "kind": _Column.of("kind", (elide(row.kind, _KIND_MOST) for row in rows)),
+        "size": _Column.of("|dL/dy|", (size_text(row.delta_norm) for row in rows), right=True),
+        "gain": _Column.of("gain", (gain_text(row.gain) or empty for row in rows), right=True),
+        "active": _Column.of("active", (active_text(row.active_fraction) or empty for row in rows), right=True),
+        "mark": _Column.of("", (row.mark for row in rows), style="bold red"),
     }
     for name in ("gain", "active", "mark", "kind"):
         if set(columns[name].cells) <= {"", empty}:
