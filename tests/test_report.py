@@ -144,7 +144,7 @@ def test_no_line_is_too_long(make: Callable[[], Diagnosis], width: int, encoding
 
 
 @given(made.diagnoses, st.integers(min_value=40, max_value=200), st.booleans(), st.sampled_from(["utf-8", "ascii"]))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_any_diagnosis_can_be_drawn(diagnosis: Diagnosis, width: int, show_all: bool, encoding: str) -> None:
     """Whatever the numbers and names: nothing raises, no line is too long, and the verdict is there word by word."""
     assert max(map(cell_len, drawn_lines(diagnosis, width, encoding=encoding, show_all=show_all))) <= width
@@ -161,7 +161,7 @@ def test_any_diagnosis_can_be_drawn(diagnosis: Diagnosis, width: int, show_all: 
 
 
 @EVERY
-@pytest.mark.parametrize("width", [1, 2, 7, 20, 39])
+@pytest.mark.parametrize("width", [1, 7, 39])
 def test_tiny_terminals_do_not_fail(make: Callable[[], Diagnosis], width: int) -> None:
     """Below 40 columns a report is no pleasure, but no error either."""
     assert printed(make(), width)
@@ -282,12 +282,12 @@ def test_evidence_has_its_unit_and_what_to_compare_it_with() -> None:
 
 
 def test_non_finite_evidence_is_said_in_words() -> None:
-    """Infinite and unknown numbers are words."""
+    """What is infinite or NaN is said so."""
     text = section(printed(made.nan_forward(), 100), "because")
 
     assert "largest entry infinite" in text
     assert "share 0.4 % (of its outputs)" in text
-    assert "weights unknown (L2 norm, encoder.1)" in text
+    assert "weights NaN (L2 norm, encoder.1)" in text
     assert "loss 2.66 > infinite" in printed(made.nan_forward())
 
 
@@ -305,7 +305,7 @@ def test_the_culprit_of_a_sudden_loss_comes_first() -> None:
     diagnosis = replace(made.sick(), findings=(many,))
 
     assert section(printed(diagnosis), "where") == "a to e (5 in all)"
-    assert section(printed(diagnosis, show_all=True), "where") == "a to e (5 in all): a, b, c, d, e"
+    assert section(printed(diagnosis, show_all=True), "where") == "a to e (5 in all); a, b, c, d, e"
 
 
 def test_consequences_stand_under_their_illness_and_nowhere_else() -> None:
@@ -400,16 +400,16 @@ def test_tried_cures_are_ordered_by_what_they_did() -> None:
 
     assert [line.strip() for line in lines[start : start + 11]] == [
         "cures      tried on a copy, 60 steps each; loss 2.30 untreated",
-        "1  layer-norm              0.410  best",
-        "2  he-initialization       0.550",
-        "-  clip-norm                2.30  no effect",
-        "-  residual                 3.10  worse",
-        "-  higher-learning-rate  unknown  diverged",
+        "1  layer-norm            0.410  best",
+        "2  he-initialization     0.550",
+        "-  clip-norm              2.30  no effect",
+        "-  residual               3.10  worse",
+        "-  higher-learning-rate    NaN  diverged",
         "layer-norm: LayerNorm before each activation sets the scale anew",
         "at every layer.",
         "gradguard.apply(result.best, model, optimizer=optimizer)",
-        "untried, best first",
-        "warm-up (show_all=True)",
+        "untried: warm-up (show_all=True)",
+        "read       gradguard explain GG101",
     ]
 
 
@@ -422,7 +422,7 @@ def test_a_cure_that_saves_a_diverged_run_helps() -> None:
     finding = replace(made.VANISHING, prescriptions=tuple(cures))
     text = section(printed(replace(made.sick(), findings=(finding,))), "cures")
 
-    assert text.startswith("tried on a copy, 40 to 60 steps each; loss unknown untreated 1 b")
+    assert text.startswith("tried on a copy, 40 to 60 steps each; loss NaN untreated 1 b")
     assert re.search(r"1 b +1\.00 best 2 a +2\.00 - c +infinite diverged", text)
 
 
@@ -438,18 +438,31 @@ def test_cures_tried_against_different_losses_show_both() -> None:
     assert "1 b 3.00 > 1.00 best 2 a 2.00 > 1.00" in text
 
 
-@pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("code", sorted(RULES))
-def test_code_to_paste_stays_python(code: str, width: int) -> None:
-    """Whatever is broken to fit the terminal means the same as before: every cure of the catalogue."""
-    for cause in Cause:
-        for cure in prescriptions_for(replace(made.VANISHING, code=code, cause=cause)):
-            finding = replace(made.VANISHING, prescriptions=(cure,))
-            text = printed(replace(made.sick(), findings=(finding,)), width)
-            block = text.split(f"1  {cure.remedy}: ")[1].split("\n   read")[0]
-            pasted = _code_of(block.split("\n"), cure.code)
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_long_remedies_keep_their_effect_in_sight(width: int) -> None:
+    """However long a remedy's name, the loss and what it means stand in its line, or in the next on a narrow one."""
+    cures = tuple(replace(cure, remedy=f"{cure.remedy}-{'x' * 60}") for cure in made.tried().findings[0].prescriptions)
+    diagnosis = replace(made.tried(), findings=(replace(made.VANISHING, prescriptions=cures),))
+    text = section(printed(diagnosis, width), "cures")
 
-            assert ast.dump(ast.parse(pasted)) == ast.dump(ast.parse(cure.code)), cure.remedy
+    assert re.search(r"1 layer\S*\.\.\.x+ 0\.410 best 2 ", text)
+    assert re.search(r"- higher\S*\.\.\.x+ NaN diverged ", text)
+    assert max(map(cell_len, drawn_lines(diagnosis, width))) <= width
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_code_to_paste_stays_python(width: int) -> None:
+    """Whatever is broken to fit the terminal means the same as before: every cure of the catalogue."""
+    ill = [replace(made.VANISHING, code=code, cause=cause) for code in RULES for cause in Cause]
+    cures = {(cure.remedy, cure.code): cure for finding in ill for cure in prescriptions_for(finding)}
+    assert len(cures) > 20
+    for cure in cures.values():
+        finding = replace(made.VANISHING, prescriptions=(cure,))
+        text = printed(replace(made.sick(), findings=(finding,), layers=()), width)
+        block = text.split(f"1  {cure.remedy}: ")[1].split("\n   read")[0]
+        pasted = _code_of(block.split("\n"), cure.code)
+
+        assert ast.dump(ast.parse(pasted)) == ast.dump(ast.parse(cure.code)), cure.remedy
 
 
 def _code_of(block: list[str], code: str) -> str:
@@ -519,6 +532,15 @@ def test_the_border_of_what_arrived_is_shown() -> None:
 
     assert {"net.598", "net.600"} <= set(shown)
     assert [(fold.count, fold.alike) for fold in folded if isinstance(fold, Fold)] == [(296, True), (296, True)]
+
+
+def test_a_restless_gradient_fits_a_screen() -> None:
+    """Where every row differs from its neighbours the largest changes are shown, on 24 lines."""
+    rows = [replace(row, delta_norm=10.0 ** -(at * 7 % 31)) for at, row in enumerate(made.stack(300))]
+    marked = [replace(row, mark="GG301") for row in rows]
+
+    assert 20 <= len(fold_rows(rows, show_all=False)) <= 24
+    assert len(fold_rows(marked, show_all=False)) <= 24
 
 
 @given(st.lists(made.layers, max_size=80))
@@ -656,7 +678,7 @@ def test_overhead_is_never_rounded_to_nothing(fraction: float, expected: str) ->
         (123456.7, "", "1.2e5"),
         (-12.43, "decades", "-12.4 decades"),
         (0.21, "fraction", "21 %"),
-        (math.nan, "fraction", "unknown"),
+        (math.nan, "fraction", "NaN"),
         (-math.inf, "", "-infinite"),
         ("falling", "", "falling"),
     ],
@@ -759,6 +781,16 @@ def test_html_escapes_what_looks_like_html() -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "\x1b" not in html
     assert made.LONG_NAME in balanced(html).text
+
+
+def test_html_leaves_code_as_it_is() -> None:
+    """Prose may get no-break spaces, code to paste never does."""
+    code = "rest = a % b  # 5 % of <all>"
+    finding = replace(made.VANISHING, prescriptions=(Prescription(remedy="r", reason="Loses 5 %.", code=code),))
+    html = to_html(replace(made.sick(), findings=(finding,)))
+
+    assert "rest = a % b  # 5 % of &lt;all&gt;</pre>" in html
+    assert "Loses 5&nbsp;%." in html
 
 
 def test_html_tables_can_be_read_aloud() -> None:

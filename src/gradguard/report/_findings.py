@@ -127,8 +127,9 @@ def _cures(finding: Finding, manner: Manner) -> Iterator[Text]:
             yield from _code(tried.best, manner)
     if not rest:
         return
-    yield from _labelled(label, wrap("untried, best first", manner.text_width))
     explained = rest if manner.show_all else rest[: _CURES_SHOWN if tried is None else 0]
+    if explained:
+        yield from _labelled(label, wrap("untried, best first", manner.text_width))
     for index, cure in enumerate(explained):
         reason = wrap(Text.assemble((cure.remedy, "bold"), f": {cure.reason}"), max(1, manner.text_width - _MARK))
         yield from _labelled("", hang(reason, pad(str(index + 1), _MARK), _MARK))
@@ -139,7 +140,7 @@ def _cures(finding: Finding, manner: Manner) -> Iterator[Text]:
             yield from _labelled("", hang(source, " " * _MARK, _MARK))
     names = [cure.remedy for cure in rest[len(explained) :]]
     if names:
-        before = f"and {len(names)} more: " if explained else ""
+        before = f"and {len(names)} more: " if explained else "untried: "
         yield from _labelled("", wrap(f"{before}{', '.join(names)} ({SHOW_ALL})", manner.text_width))
 
 

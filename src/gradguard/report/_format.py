@@ -18,12 +18,12 @@ def number(value: float | str, unit: str = "") -> str:
 
     Example:
         >>> number(0.213), number(1.23e-14), number(0.213, "fraction"), number(12), number(float("nan"))
-        ('0.213', '1.2e-14', '21 %', '12', 'unknown')
+        ('0.213', '1.2e-14', '21 %', '12', 'NaN')
     """
     if isinstance(value, str):
         return value
     if math.isnan(value):
-        return "unknown"
+        return "NaN"
     if math.isinf(value):
         return "infinite" if value > 0 else "-infinite"
     if unit == "fraction":

@@ -150,7 +150,7 @@ def where(finding: Finding, *, show_all: bool = False) -> str:
         span = f"{span}, evenly: {pace:.2f} decades per layer"
     elif finding.layer not in (None, names[0], names[-1]):
         span = f"{finding.layer}, among {span}"
-    return f"{span}: {', '.join(names)}" if show_all else span
+    return f"{span}; {', '.join(names)}" if show_all else span
 
 
 def _pace(gain: Evidence | None) -> float | None:

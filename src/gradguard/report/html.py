@@ -75,23 +75,28 @@ def to_html(diagnosis: Diagnosis, *, show_all: bool = False) -> str:
     return "".join(_parts(printable(diagnosis), show_all=show_all))
 
 
+def _text(text: str) -> str:
+    """Return prose that is safe in HTML; a number keeps its per cent sign."""
+    return escape(text).replace(" %", "&nbsp;%")
+
+
 def _parts(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
     summary, ill = diagnosis.summary, illnesses(diagnosis)
-    yield f'<section lang="en" aria-label="{escape(title(summary))} report" style="{_BOX}">'
+    yield f'<section lang="en" aria-label="{_text(title(summary))} report" style="{_BOX}">'
     colour = _BADGES[diagnosis.healthy]
     yield (
         f'<p style="border-left:5px solid {colour};padding:4px 12px;margin:0 0 8px">'
         f'<strong style="background:{colour};color:#fff;padding:1px 8px;border-radius:3px">'
-        f"{escape(status(diagnosis))}</strong> {escape(diagnosis.verdict)}"
+        f"{_text(status(diagnosis))}</strong> {_text(diagnosis.verdict)}"
     )
-    yield f"<br>{escape(others_below(ill))}</p>" if len(ill) > 1 else "</p>"
+    yield f"<br>{_text(others_below(ill))}</p>" if len(ill) > 1 else "</p>"
     for index, illness in enumerate(ill):
         yield from _illness(illness, diagnosis, say=index > 0, show_all=show_all)
     results = result_items(summary) if diagnosis.observations else []
     costs = cost_items(diagnosis)
     yield _paragraph(" · ".join(results))
     for finding in remarks(diagnosis):
-        yield f'<p style="margin:4px 0">{_head(finding, diagnosis)}<br>{escape(finding.message)}</p>'
+        yield f'<p style="margin:4px 0">{_head(finding, diagnosis)}<br>{_text(finding.message)}</p>'
     if diagnosis.healthy is False or show_all:
         yield from _table(rows_to_show(diagnosis.layers, show_all=show_all), show_all=show_all)
     yield _paragraph(" · ".join(costs), _MUTED)
@@ -101,12 +106,12 @@ def _parts(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
 
 
 def _paragraph(text: str, style: str = "margin:4px 0") -> str:
-    return f'<p style="{style}">{escape(text)}</p>' if text else ""
+    return f'<p style="{style}">{_text(text)}</p>' if text else ""
 
 
 def _head(finding: Finding, diagnosis: Diagnosis) -> str:
-    behind = "".join(f" · {escape(text)}" for text in headline(finding, diagnosis.summary))
-    return f"<strong>{escape(f'{finding.code} {finding.name}')}</strong>{behind}"
+    behind = "".join(f" · {_text(text)}" for text in headline(finding, diagnosis.summary))
+    return f"<strong>{_text(f'{finding.code} {finding.name}')}</strong>{behind}"
 
 
 def _illness(illness: Illness, diagnosis: Diagnosis, *, say: bool, show_all: bool) -> Iterator[str]:
@@ -123,14 +128,14 @@ def _illness(illness: Illness, diagnosis: Diagnosis, *, say: bool, show_all: boo
     yield _entry("where", where(finding, show_all=show_all))
     yield _entry("because", f"{cause}: {evidence}" if evidence else cause)
     yield _entry("ruled out", " · ".join(f"{item.cause.value} ({item.reason})" for item in finding.ruled_out))
-    yield _term("follows", "<br>".join(escape(text) for text in following))
+    yield _term("follows", "<br>".join(_text(text) for text in following))
     yield _term("cures", "".join(_cures(finding, show_all=show_all)))
-    yield _term("read", f"<code>gradguard explain {escape(finding.code)}</code>")
+    yield _term("read", f"<code>gradguard explain {_text(finding.code)}</code>")
     yield "</dl>"
 
 
 def _entry(label: str, text: str) -> str:
-    return _term(label, escape(text))
+    return _term(label, _text(text))
 
 
 def _term(label: str, content: str) -> str:
@@ -141,27 +146,29 @@ def _term(label: str, content: str) -> str:
 def _cures(finding: Finding, *, show_all: bool) -> Iterator[str]:
     tried, rest = trials(finding), untried(finding)
     if tried is not None:
-        yield f'<table style="{_TABLE}"><caption style="{_LEFT};caption-side:top">{escape(tried.head)}</caption>'
+        yield f'<table style="{_TABLE}"><caption style="{_LEFT};caption-side:top">{_text(tried.head)}</caption>'
         yield f"<thead>{_header(('', 'cure', 'loss', 'effect'), right=(2,))}</thead><tbody>"
         for item in tried.cures:
             cells = (item.rank, item.cure.remedy, item.loss, item.note)
             yield _table_row(cells, right=(2,), bold=item.note == "best")
         yield "</tbody></table>"
         if tried.best is not None:
-            yield f"<div>{escape(tried.best.remedy)}: {escape(tried.best.reason)}</div>{_code(tried.best)}"
+            yield f"<div>{_text(tried.best.remedy)}: {_text(tried.best.reason)}</div>{_code(tried.best)}"
     if not rest:
         return
     explained = rest if show_all else rest[: _CURES_EXPLAINED if tried is None else 0]
-    yield "<div>untried, best first</div>"
+    if explained:
+        yield "<div>untried, best first</div>"
     for index, cure in enumerate(explained):
-        yield f"<div>{index + 1} <strong>{escape(cure.remedy)}</strong>: {escape(cure.reason)}</div>"
+        yield f"<div>{index + 1} <strong>{_text(cure.remedy)}</strong>: {_text(cure.reason)}</div>"
         if index == 0 or show_all:
             yield _code(cure)
         if show_all and cure.reference:
-            yield f'<div style="{_MUTED}">{escape(cure.reference)}</div>'
+            yield f'<div style="{_MUTED}">{_text(cure.reference)}</div>'
     names = ", ".join(cure.remedy for cure in rest[len(explained) :])
     if names:
-        yield f"<div>{'and: ' if explained else ''}{escape(names)}</div>"
+        before = f"and {len(rest) - len(explained)} more" if explained else "untried"
+        yield f"<div>{before}: {_text(names)} ({SHOW_ALL})</div>"
 
 
 def _code(cure: Prescription) -> str:
@@ -175,7 +182,7 @@ def _table(rows: Sequence[LayerProfile], *, show_all: bool) -> Iterator[str]:
     drawn = f"log scale, {scale.ends[0]} to {scale.ends[1]}" if scale is not None else ""
     marked = any(row.mark for row in rows)
     labels = ["layer", "kind", "|dL/dy|", drawn, "gain", "active", *(["finding"] if marked else [])]
-    yield f'<table style="{_TABLE}"><caption style="{_LEFT};caption-side:top">{escape(caption(rows))}</caption><thead>'
+    yield f'<table style="{_TABLE}"><caption style="{_LEFT};caption-side:top">{_text(caption(rows))}</caption><thead>'
     yield _header(labels, right=(2, 4, 5))
     yield "</thead><tbody>"
     for row in fold_rows(rows, show_all=show_all):
@@ -190,7 +197,7 @@ def _table(rows: Sequence[LayerProfile], *, show_all: bool) -> Iterator[str]:
 
 def _header(labels: Sequence[str], *, right: Sequence[int]) -> str:
     cells = (
-        f'<th scope="col" style="{_RIGHT if index in right else _LEFT};font-weight:bold">{escape(label)}</th>'
+        f'<th scope="col" style="{_RIGHT if index in right else _LEFT};font-weight:bold">{_text(label)}</th>'
         for index, label in enumerate(labels)
     )
     return f'<tr style="background:transparent">{"".join(cells)}</tr>'
@@ -199,7 +206,7 @@ def _header(labels: Sequence[str], *, right: Sequence[int]) -> str:
 def _table_row(cells: Sequence[str], *, right: Sequence[int], bold: bool) -> str:
     weight = ";font-weight:bold" if bold else ""
     drawn = (
-        f'<td style="{_RIGHT if index in right else _LEFT}{weight}">{escape(text)}</td>'
+        f'<td style="{_RIGHT if index in right else _LEFT}{weight}">{_text(text)}</td>'
         for index, text in enumerate(cells)
     )
     return f'<tr style="background:transparent">{"".join(drawn)}</tr>'
@@ -213,11 +220,11 @@ def _row(row: LayerProfile, scale: Scale | None, *, marked: bool) -> str:
         drawn = f"background:{colour};height:.8em;margin-top:.3em;width:{share:.1f}%"
         bar = f'<div aria-hidden="true" style="{drawn}"></div>'
     bold = ";font-weight:bold" if row.mark else ""
-    mark = f'<td style="{_LEFT}{bold}">{escape(row.mark)}</td>' if marked else ""
+    mark = f'<td style="{_LEFT}{bold}">{_text(row.mark)}</td>' if marked else ""
     return (
         '<tr style="background:transparent">'
-        f'<th scope="row" style="{_NAME}{bold}">{escape(row.name or "(model)")}</th>'
-        f'<td style="{_LEFT}">{escape(row.kind)}</td><td style="{_RIGHT}">{size_text(row.delta_norm)}</td>'
+        f'<th scope="row" style="{_NAME}{bold}">{_text(row.name or "(model)")}</th>'
+        f'<td style="{_LEFT}">{_text(row.kind)}</td><td style="{_RIGHT}">{size_text(row.delta_norm)}</td>'
         f'<td style="{_LEFT};min-width:16em">{bar}</td><td style="{_RIGHT}">{gain_text(row.gain)}</td>'
         f'<td style="{_RIGHT}">{active_text(row.active_fraction)}</td>'
         f"{mark}</tr>"
