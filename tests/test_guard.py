@@ -634,6 +634,28 @@ def test_classes_are_known_where_the_loss_is_a_cross_entropy(loss: str, classes:
     assert guard.history.info.classes == classes
 
 
+def test_idle_guard_leaves_the_fast_inference_path_open() -> None:
+    """Between observations no hook sits on an encoder layer, which would leave its fast path in evaluation."""
+    model = TransformerClassifier(2)
+    optimizer = adam(model)
+    with gradguard.watch(model, optimizer, every=100, dense_steps=(), on_error="raise") as guard:
+        train(model, optimizer, 2, guard=guard)
+        assert len(guard.history) == 1
+        assert count_hooks(model) == 0
+
+
+def test_a_failure_in_the_middle_of_a_step_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard that switches itself off while a step ends does not set its hooks again."""
+    model = mlp(3)
+    optimizer = adam(model)
+    guard = gradguard.watch(model, optimizer, every=1)
+    monkeypatch.setattr(guard._observing, "finish", lambda *_, **__: 1 / 0)
+    with pytest.warns(GradGuardWarning, match="switched itself off"):
+        train(model, optimizer, 3, guard=guard)
+
+    assert hook_counts(model, optimizer) == (0, 0, 0)
+
+
 class Transfers(TorchDispatchMode):
     """Counts operations that bring one number to the host, which on a GPU stops the device."""
 

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -137,7 +138,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("base", [*([name] for name in NAMESPACES), list(NAMESPACES)], ids=["new", "old", "both"])
 def test_callback_of_either_namespace_works_in_either_trainer(pl: Any, base: list[str], tmp_path: Path) -> None:
     """Whatever its bases, the callback finds the vanishing gradient in both Trainers, and nothing in the twin."""
-    cls = integration._make_class(base)
+    cls: Any = integration._make_class(base)
     for net, expected in ((sick_net(), "GG101"), (healthy_net(), None)):
         guard = cls(on_error="raise", every=1, report=False, on_finding="silent")
         trainer(tmp_path, guard, pl=pl).fit(module(net, pl=pl), loader())
@@ -171,7 +172,7 @@ def test_the_other_namespace_is_not_imported(name: str) -> None:
 
 
 def test_without_lightning_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no Lightning is installed, the message says what to install."""
+    """Where no Lightning is installed, making a callback says what to install; looking at the name does no harm."""
     real = importlib.import_module
 
     def absent(name: str, package: str | None = None) -> Any:
@@ -183,8 +184,15 @@ def test_without_lightning_the_error_names_the_extra(monkeypatch: pytest.MonkeyP
     for name in NAMESPACES:
         monkeypatch.delitem(sys.modules, name)
 
+    monkeypatch.delitem(integration.__dict__, "GradGuardCallback", raising=False)
+    stand_in = integration.GradGuardCallback
+
+    assert stand_in is integration.GradGuardCallback
+    assert stand_in.__name__ == "GradGuardCallback"
     with pytest.raises(gradguard.MissingExtraError, match=r"pip install 'gradguard\[lightning\]'"):
-        integration._namespaces()
+        stand_in(every=3)
+    monkeypatch.undo()
+    assert stand_in(every=3).config.every == 3  # installed in the meantime
 
 
 def test_unknown_name_in_the_module_is_an_attribute_error() -> None:
@@ -261,17 +269,21 @@ def test_last_window_of_accumulation_may_be_short(tmp_path: Path) -> None:
     assert made.guard.history.losses[1].tolist() == pytest.approx([math.log(10)] * 2, abs=1.5)
 
 
-def test_loss_scaler_leaves_numbers_as_they_are(tmp_path: Path) -> None:
-    """Under a GradScaler norms and losses are those of the unscaled run."""
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_loss_scaler_leaves_numbers_as_they_are(fused: bool, tmp_path: Path) -> None:
+    """Under a GradScaler norms and losses are those of the unscaled run; a fused optimizer gets scaled gradients."""
     seen = []
     for scaled in (False, True):
         torch.manual_seed(0)
         made = callback(report=False)
         scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
         precision = PL.plugins.MixedPrecision("16-mixed", "cpu", scaler) if scaled else PL.plugins.Precision()
-        trainer(tmp_path, made, plugins=[precision]).fit(module(mlp(3, nn.Tanh)), loader())
+        model = module(mlp(3, nn.Tanh), make_optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=1e-3, fused=fused))
+        trainer(tmp_path, made, plugins=[precision]).fit(model, loader())
         seen.append(made.guard.history)
 
+    assert seen[1].scalar("loss_scale").tolist() == [128.0] * 6
+    assert seen[1].scalar("grad_norm_at_step").tolist() == pytest.approx(seen[1].scalar("grad_norm").tolist(), rel=1e-3)
     assert seen[1].steps.tolist() == seen[0].steps.tolist()
     assert seen[1].scalar("grad_norm").tolist() == pytest.approx(seen[0].scalar("grad_norm").tolist(), rel=0.05)
     assert seen[1].losses[1].tolist() == pytest.approx(seen[0].losses[1].tolist(), rel=0.02)
@@ -420,6 +432,59 @@ def test_fit_ends_with_one_report_and_no_hook(tmp_path: Path, capsys: pytest.Cap
     assert hooks_on(model) == hooks_of(run) == 0
 
 
+def test_guard_that_fails_reports_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A failure of ours ends the watching with a warning: training goes on, and the report says what is missing."""
+
+    def break_guard(batch_idx: int) -> None:
+        if batch_idx == 3:
+            made.guard._observing.finish = None
+
+    made, model = callback(on_error="warn"), module(sick_net(), before_step=break_guard)
+    run = trainer(tmp_path, made)
+    with pytest.warns(gradguard.GradGuardWarning, match="switched itself off; training goes on"):
+        run.fit(model, loader())
+
+    assert run.global_step == 6
+    assert made.diagnosis.primary.code == "GG101"
+    assert [note.what for note in made.diagnosis.unobserved] == ["gradguard itself"]
+    assert "gradguard explain GG101" in capsys.readouterr().out
+    assert hooks_on(model) == hooks_of(run) == 0
+
+
+def test_fit_that_never_began_has_no_verdict(tmp_path: Path) -> None:
+    """The verdict of an earlier fit does not stand for one that failed in its sanity check."""
+    made, model = callback(report=False), module(healthy_net(), validates=True)
+    run = trainer(tmp_path, made)
+    run.fit(model, loader(), loader(1))
+    assert made.diagnosis.healthy
+
+    def fail(batch: Any, batch_idx: int) -> None:
+        raise RuntimeError("broken on purpose")
+
+    model.validation_step = fail
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        trainer(tmp_path, made).fit(model, loader(), loader(1))
+    assert made.diagnosis is None
+
+
+def test_module_that_is_watched_already_is_left_to_its_guard(tmp_path: Path) -> None:
+    """A guard of the user's own stays in charge, and the warning says that the callback needs none."""
+    guards = []
+
+    def watched(model: Any) -> Any:
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        guards.append(gradguard.watch(model, optimizer, on_finding="silent"))
+        return optimizer
+
+    made = callback(on_error="warn")
+    with pytest.warns(gradguard.GradGuardWarning, match=r"this Classifier is already watched.*leave one of the two"):
+        trainer(tmp_path, made).fit(module(sick_net(), make_optimizer=watched), loader())
+
+    assert made.guard is None
+    assert guards[0].attached
+    guards[0].detach()
+
+
 def test_silence_is_possible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With ``report=False`` and ``on_finding="silent"`` nothing is printed; the diagnosis is there."""
     made = callback(report=False, on_finding="silent")
@@ -443,6 +508,19 @@ def test_sanity_check_and_validation_leave_no_trace(tmp_path: Path) -> None:
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_hooks_are_off_during_validation(accumulate: int, tmp_path: Path) -> None:
+    """Validation runs as without us; what a window of accumulation has gathered before it is kept."""
+    counts: list[int] = []
+    made, model = callback(report=False), module(healthy_net(), validates=True)
+    model.on_validation_epoch_start = lambda: counts.append(hooks_on(model))
+    run = trainer(tmp_path, made, val_check_interval=3, accumulate_grad_batches=accumulate)
+    run.fit(model, loader(), loader(1))
+
+    assert counts == [0, 0, 0]  # the first one is the sanity check
+    assert made.guard.history.layer("calls")[:, 0].tolist() == [accumulate] * (6 // accumulate)
+
+
 def test_fast_dev_run_works(tmp_path: Path) -> None:
     """One batch is too little for a verdict, and enough to see that everything fits together."""
     made = callback(report=False, on_finding="silent")
@@ -452,6 +530,18 @@ def test_fast_dev_run_works(tmp_path: Path) -> None:
 
     assert made.diagnosis.healthy is None
     assert hooks_on(model) == hooks_of(run) == 0
+
+
+def test_barebones_run_is_observed_and_logs_nothing(tmp_path: Path) -> None:
+    """Where Lightning refuses to log, with a warning each time, it is not asked to."""
+    asked: set[str] = set()
+    made, model = callback(report=False, on_finding="silent"), module(sick_net())
+    model.log = lambda name, *args, **options: asked.add(name)
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": tmp_path}
+    PL.Trainer(barebones=True, callbacks=[made], **options).fit(model, loader())
+
+    assert asked == {"train_loss"}
+    assert made.diagnosis.primary.code == "GG101"
 
 
 @pytest.mark.parametrize("as_callback", [False, True], ids=["tuner", "callback"])
@@ -618,7 +708,34 @@ def test_rows_are_new_under_accumulation(tmp_path: Path) -> None:
         int(row["step"]): float(row["gradguard/grad_norm"]) for row in rows(tmp_path) if row["gradguard/grad_norm"]
     }
     assert made.guard.history.steps.tolist() == [0.0, 1.0, 3.0, 5.0]
-    assert sorted(set(logged.values())) == pytest.approx(sorted(model.norms[1::2]), rel=1e-4)
+    assert list(logged.values()) == pytest.approx(model.norms[1::2], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None")
+def test_row_without_an_observation_is_marked(tmp_path: Path) -> None:
+    """Lightning repeats old values where a step was skipped or training stops; the step they belong to says so."""
+
+    class Stop(lightning.pytorch.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 8
+
+    made = callback(every=1000, dense_steps=(), report=False)
+    model = module(healthy_net(), before_step=lambda i: "skip" if i == 5 else None)
+    run = trainer(tmp_path, made, Stop(), logger=PL.loggers.CSVLogger(tmp_path), log_every_n_steps=3)
+    run.fit(model, loader(12))
+
+    table = [(int(row["step"]), float(row["gradguard/step"])) for row in rows(tmp_path)]
+    assert table == [(2, 2.0), (5, 2.0), (7, 2.0)]
+    assert float(rows(tmp_path)[0]["gradguard/grad_norm"]) == pytest.approx(model.norms[2], rel=1e-4)
+
+
+def test_trainer_that_never_logs_leaves_the_cadence_alone(tmp_path: Path) -> None:
+    """``log_every_n_steps=0`` turns logging off, so no step is observed for its sake."""
+    made = callback(every=40, dense_steps=(), report=False)
+    logger = PL.loggers.CSVLogger(tmp_path)
+    trainer(tmp_path, made, logger=logger, log_every_n_steps=0).fit(module(healthy_net()), loader(52, 8))
+
+    assert made.guard.history.steps.tolist() == [0.0, 40.0]
 
 
 def test_log_false_logs_nothing_and_keeps_the_cadence(tmp_path: Path) -> None:
@@ -665,6 +782,35 @@ def test_lines_and_report_stand_whole_beside_a_progress_bar(
 
 
 # ---------------------------------------------------------------------------------------------------------- distributed
+
+
+@pytest.mark.parametrize("state", ["off", "never on"])
+def test_process_without_a_guard_takes_part_in_the_decision(state: str, tmp_path: Path) -> None:
+    """Where a guard is off in one process, the others must not wait for its vote, and stopping concerns all."""
+    made, model = callback(on_finding="stop", report=False), module(healthy_net())
+    if state == "off":
+        trainer(tmp_path, made).fit(model, loader(1))
+    votes: list[bool] = []
+
+    def vote(decision: bool, *, all: bool) -> bool:  # noqa: A002  # Lightning's name
+        assert not all
+        votes.append(decision)
+        return len(votes) == 2
+
+    model.print = lambda line: None
+    run = types.SimpleNamespace(
+        world_size=2,
+        strategy=types.SimpleNamespace(reduce_boolean_decision=vote),
+        log_every_n_steps=1,
+        fit_loop=types.SimpleNamespace(epoch_loop=types.SimpleNamespace(_batches_that_stepped=0)),
+        global_step=0,
+        should_stop=False,
+    )
+    made.on_train_batch_end(run, model, None, None, 0)
+    assert (votes, run.should_stop) == ([False], False)
+    made.on_train_epoch_end(run, model)
+    assert (votes, run.should_stop) == ([False, False], True)
+
 
 SPAWN = """
     import lightning.pytorch as pl, torch

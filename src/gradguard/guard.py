@@ -149,8 +149,11 @@ class Guard:
 
     def rearm(self) -> None:
         """Ask the cadence again whether the coming step is due; for cadences that change their mind between steps."""
-        if self.attached:
-            self._arm_if_due()
+        self._arm_if_due()
+
+    def disarm(self) -> None:
+        """Take the layer hooks off until :meth:`rearm`, as for a validation pass; what was gathered is kept."""
+        self._observing.signals.disarm()
 
     def learn_loss(self, loss: Tensor) -> None:
         """Look at how a loss was computed, where :meth:`record` gets it without its graph."""
@@ -242,6 +245,8 @@ class Guard:
         return any(cadence.due(step) for cadence, step in zip(self._cadences, self._steps, strict=True))
 
     def _arm_if_due(self) -> None:
+        if not self.attached:  # a failure of ours has detached it in the middle of a step
+            return
         if not self._armed():
             self._step_hooks.close()
             self._observing.disarm()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["LoggingCadence", "LoggingSteps", "log_values"]
 
 _SEPARATE_OPTIMIZERS = 4
-"""Optimizers whose gradient norms get names of their own; with the five other values that makes nine."""
+"""Optimizers whose gradient norms get names of their own; with the six other values that makes ten."""
 
 
 class LoggingSteps:
@@ -83,8 +83,10 @@ def log_values(
     optimizer_count: int,
     overhead: float,
 ) -> dict[str, float]:
-    """Put observations into at most nine numbers.
+    """Put observations into at most ten numbers.
 
+    ``step`` is the optimizer step that was observed, from 0. Where a row is logged without an observation, because
+    training stops there or a step was skipped, Lightning repeats the newest values, and an unchanged ``step`` says so.
     ``grad_norm`` is the total L2 norm before clipping and ``grad_norm_at_step`` the one that the optimizer found. With
     several optimizers there is ``grad_norm_0``, ``grad_norm_1``, ... for the first four instead. The others are the
     worst of all optimizers: ``span_decades`` (depth span, negative where the gradient shrinks towards the input),
@@ -101,7 +103,7 @@ def log_values(
     Returns:
         Values by name; unknown ones are NaN.
     """
-    values: dict[str, float] = {}
+    values = {"step": float(max(record.step for record in records))}
     if optimizer_count > 1:
         newest = {record.optimizer: record for record in records}
         for index in range(min(optimizer_count, _SEPARATE_OPTIMIZERS)):

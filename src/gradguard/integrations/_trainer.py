@@ -5,10 +5,17 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from gradguard._arguments import check_optimizers
+from gradguard.errors import GradGuardError
+from gradguard.guard import guard_of
+
 if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
     from gradguard.findings import Diagnosis
 
-__all__ = ["is_logging_step", "loss_scaler", "print_final_report"]
+__all__ = ["is_logging_step", "loss_scaler", "print_final_report", "trains_without_logging", "watched_optimizers"]
 
 _SHARING_INTERVAL = 50
 """Batches between two agreements of a distributed run to stop, where the Trainer logs nothing. Ours: its default."""
@@ -18,6 +25,36 @@ def loss_scaler(trainer: Any) -> Any:
     """Return the gradient scaler of the precision plugin, ``None`` where there is none or it is off."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def watched_optimizers(trainer: Any, pl_module: nn.Module) -> list[Optimizer]:
+    """Return the Trainer's optimizers, out of their wrappers, that hold parameters of the module.
+
+    Raises:
+        GradGuardError: If there is none, or the module is watched already.
+    """
+    if guard_of(pl_module) is not None:
+        raise GradGuardError(
+            f"this {type(pl_module).__name__} is already watched, by gradguard.watch() or by another callback. "
+            "The callback needs no watch() beside it: leave one of the two out"
+        )
+    ids = {id(parameter) for parameter in pl_module.parameters()}
+    optimizers = [
+        optimizer
+        for optimizer in check_optimizers(trainer.optimizers)
+        if any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
+    ]
+    if not optimizers:
+        raise GradGuardError(
+            f"no optimizer holds parameters of this {type(pl_module).__name__}, so there are no steps to observe. "
+            "Return one from configure_optimizers()"
+        )
+    return optimizers
+
+
+def trains_without_logging(trainer: Any) -> bool:
+    """Whether nothing that is logged is written anywhere."""
+    return not trainer.loggers or not trainer.log_every_n_steps
 
 
 def is_logging_step(trainer: Any) -> bool:

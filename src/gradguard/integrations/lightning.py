@@ -6,20 +6,25 @@ or of those that are installed. Importing this module imports neither.
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradguard._arguments import check_optimizers
 from gradguard._cadence import FixedCadence
 from gradguard.config import GuardConfig
 from gradguard.errors import GradGuardError, GradGuardWarning, MissingExtraError, UnhealthyGradientsError
 from gradguard.guard import Guard
+from gradguard.integrations._lightnings import callback_bases, usable_namespaces
 from gradguard.integrations._logging import LoggingCadence, LoggingSteps, log_values
-from gradguard.integrations._trainer import is_logging_step, loss_scaler, print_final_report
+from gradguard.integrations._trainer import (
+    is_logging_step,
+    loss_scaler,
+    print_final_report,
+    trains_without_logging,
+    watched_optimizers,
+)
 from gradguard.watching import attach
 
 if TYPE_CHECKING:
@@ -30,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GradGuardCallback"]
 
-_NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 _ACTIONS = ("warn", "stop", "raise", "silent")
 
 
@@ -89,11 +93,14 @@ class _GradGuardHooks:
 
     # ----------------------------------------------------------------------------------------------------- lifecycle
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget the verdict on an earlier fit: this one may fail before it begins."""
+        self.diagnosis = None
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach: after the sanity check and the learning rate finder, when optimizers and counters are restored."""
         self._detach()
         self._begin()
-        self.diagnosis = None
         self._safely("attaching", self._attach, trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -116,7 +123,7 @@ class _GradGuardHooks:
         guard = self._running()
         if guard is None:
             return
-        logs = self._log and bool(trainer.loggers) and is_logging_step(trainer)
+        logs = self._log and not trains_without_logging(trainer) and is_logging_step(trainer)
         if logs != self._logging.now:
             self._logging.now = logs
             guard.rearm()
@@ -157,16 +164,23 @@ class _GradGuardHooks:
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what was observed in this batch, and act on what was found."""
         guard = self._running()
-        if guard is None:
-            return
-        if self._log:
+        if guard is not None and self._log and not trainer.barebones:
             self._safely("logging", self._log_observations, guard, pl_module)
-        self._act(trainer, pl_module)
+        self._act(trainer, pl_module)  # also where the guard has switched itself off: other processes wait for it
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Let a distributed run agree to stop."""
-        if self._running() is not None:
-            self._decide(trainer, pl_module, now=True)
+        self._decide(trainer, pl_module, now=True)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Leave validation alone: hooks would keep a Transformer from its fast path."""
+        if self.guard is not None:
+            self.guard.disarm()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Go on where training was left."""
+        if self.guard is not None:
+            self.guard.rearm()
 
     # --------------------------------------------------------------------------------------------------------- state
 
@@ -218,6 +232,7 @@ class _GradGuardHooks:
         self._news: list[Finding] = []
         self._logged = 0
         self._logged_names: set[str] = set()
+        self._concluded = True
         self._read_for = None
         self._reason = None
         self._forget_loss()
@@ -234,17 +249,7 @@ class _GradGuardHooks:
         self.guard = None
         self._announced = {(code, optimizer) for code, optimizer in restored.get("announced", [])}
         self._known = set(self._announced)
-        ids = {id(parameter) for parameter in pl_module.parameters()}
-        optimizers = [
-            optimizer
-            for optimizer in check_optimizers(trainer.optimizers)
-            if any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
-        ]
-        if not optimizers:
-            raise GradGuardError(
-                f"no optimizer holds parameters of this {type(pl_module).__name__}, so there are no steps to observe. "
-                "Return one from configure_optimizers()"
-            )
+        optimizers = watched_optimizers(trainer, pl_module)
         config = self.config
         start = restored.get("step_counts", [])
         if len(start) != len(optimizers):
@@ -256,6 +261,7 @@ class _GradGuardHooks:
             scaler=loss_scaler(trainer),
             cadence=lambda: LoggingCadence(FixedCadence(every=config.every, dense=config.dense_steps), self._logging),
         )
+        self._concluded = False
         self._optimizer_count = len(optimizers)
         if any(start):
             self.guard.resume(start)
@@ -317,9 +323,10 @@ class _GradGuardHooks:
         trainer.should_stop = True
 
     def _conclude(self, trainer: Any) -> None:
-        guard = self._running()
-        if guard is None:
+        guard = self.guard
+        if guard is None or self._concluded:
             return
+        self._concluded = True
         self._safely("diagnosing", self._diagnose, guard)
         self._detach()
         if self._report and self.diagnosis is not None and trainer.is_global_zero:
@@ -344,36 +351,29 @@ class _GradGuardHooks:
             warnings.warn(f"gradguard: {what} failed; training goes on. {why}", GradGuardWarning, stacklevel=3)
 
 
-def _make_class(namespaces: Sequence[str]) -> type:
-    bases = tuple(importlib.import_module(name).Callback for name in namespaces)
-    body = {
-        "__doc__": _GradGuardHooks.__doc__,
-        "__module__": __name__,
-        "__qualname__": "GradGuardCallback",
-    }
-    return type("GradGuardCallback", (_GradGuardHooks, *bases), body)
+def _make_class(namespaces: list[str]) -> type:
+    body = {"__doc__": _GradGuardHooks.__doc__, "__module__": __name__, "__qualname__": "GradGuardCallback"}
+    return type("GradGuardCallback", (_GradGuardHooks, *callback_bases(namespaces)), body)
 
 
-def _namespaces() -> list[str]:
-    """Return the Lightnings that are imported, else those that are installed."""
-    imported = [name for name in _NAMESPACES if name in sys.modules]
-    if imported:
-        return imported
-    installed = []
-    for name in _NAMESPACES:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name not in (name, name.partition(".")[0]):
-                raise
-        else:
-            installed.append(name)
-    if not installed:
-        raise MissingExtraError(
-            "GradGuardCallback needs Lightning, which is not installed. "
-            "Install the extra: pip install 'gradguard[lightning]'"
-        )
-    return installed
+def _made_class() -> Any:
+    """Return the class, which is made once; pickles find it under its name."""
+    return globals().get("GradGuardCallback") or globals().setdefault(
+        "GradGuardCallback", _make_class(usable_namespaces())
+    )
+
+
+class _WithoutLightning:
+    """Stands for the class where no Lightning is installed, so that ``help(gradguard)`` works there, too.
+
+    Making one looks for Lightning again, and raises ``MissingExtraError`` where there still is none.
+    """
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        return _made_class()(*args, **options)
+
+
+_WithoutLightning.__name__ = _WithoutLightning.__qualname__ = "GradGuardCallback"
 
 
 if TYPE_CHECKING:
@@ -391,4 +391,7 @@ else:
         """Make the class when it is first used, and keep it."""
         if name != "GradGuardCallback":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
-        return globals().setdefault(name, _make_class(_namespaces()))
+        try:
+            return _made_class()
+        except MissingExtraError:
+            return _WithoutLightning

@@ -370,6 +370,8 @@ def _targets(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module | Non
             fast.update(id(child) for child in module.modules())
         if id(module) not in fast:
             around.append((module, name))
+        if isinstance(module, nn.MultiheadAttention):  # its projection is used, but never called
+            skipped.add(id(module.out_proj))
         if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None:
             yield module, name, model if id(module) in fast else None
     if fast:
