@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from gradguard.records import FloatArray, LayerTable, ParameterTable, RunInfo, S
 __all__ = ["History"]
 
 Item = TypeVar("Item")
+Table = TypeVar("Table", LayerTable, ParameterTable)
 
 _HEAD = 32
 """First observations, never thinned out: most illnesses show there, and "first seen" needs them."""
@@ -179,8 +181,8 @@ class History:
     def _union(self) -> tuple[LayerTable, ParameterTable]:
         if self._tables is None:
             self._tables = (
-                _merge_layers([record.layers for record in reversed(self.records)]),
-                _merge_parameters([record.parameters for record in reversed(self.records)]),
+                _merge([record.layers for record in reversed(self.records)], LayerTable()),
+                _merge([record.parameters for record in reversed(self.records)], ParameterTable()),
             )
         return self._tables
 
@@ -208,33 +210,19 @@ class History:
         return self._cache[key]
 
 
-def _merge_layers(tables: Sequence[LayerTable]) -> LayerTable:
+def _merge(tables: Sequence[Table], empty: Table) -> Table:
+    """Return one table with every row of several, in the order of the first; each row as the first table has it."""
     if not tables:
-        return LayerTable()
+        return empty
     first = tables[0]
     if all(table is first or table.names == first.names for table in tables):
         return first
+    columns = [column.name for column in fields(first)]
     rows = {
         row[0]: row
         for table in reversed(tables)
-        for row in zip(table.names, table.types, table.kinds, table.roles, table.derivative_bounds, strict=True)
+        for row in zip(*(getattr(table, column) for column in columns), strict=True)
     }
-    order = list(dict.fromkeys(name for table in tables for name in table.names))
-    names, types, kinds, roles, bounds = zip(*(rows[name] for name in order), strict=True)
-    return LayerTable(names=names, types=types, kinds=kinds, roles=roles, derivative_bounds=bounds)
-
-
-def _merge_parameters(tables: Sequence[ParameterTable]) -> ParameterTable:
-    if not tables:
-        return ParameterTable()
-    first = tables[0]
-    if all(table is first or table.names == first.names for table in tables):
-        return first
-    rows = {
-        row[0]: row
-        for table in reversed(tables)
-        for row in zip(table.names, table.aliases, table.layers, table.sizes, table.dims, strict=True)
-    }
-    order = list(dict.fromkeys(name for table in tables for name in table.names))
-    names, aliases, layers, sizes, dims = zip(*(rows[name] for name in order), strict=True)
-    return ParameterTable(names=names, aliases=aliases, layers=layers, sizes=sizes, dims=dims)
+    order = dict.fromkeys(name for table in tables for name in table.names)
+    merged = zip(*(rows[name] for name in order), strict=True)
+    return type(first)(**dict(zip(columns, merged, strict=True)))
