@@ -24,22 +24,37 @@ __all__ = ["diagnose", "link_findings"]
 
 _NON_FINITE = frozenset({"GG201", "GG202", "GG203", "GG204"})
 
-_ORDER = ("GG201", "GG101", "GG102", "GG104", "GG501", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG502")
+_ORDER = (
+    *("GG201", "GG211", "GG213", "GG101", "GG102", "GG104", "GG103", "GG212", "GG602", "GG504", "GG501"),
+    *("GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG502", "GG403", "GG505", "GG703"),
+)
 """Which of two findings that began at the same step may explain the other: the earlier one in this row. Dead layers
 that are an error come right after a non-finite input."""
 
+_AFTER_NON_FINITE = frozenset(
+    {"GG101", "GG102", "GG103", "GG104", "GG213", "GG301", "GG302", "GG501", "GG502", "GG503", "GG505", "GG703"}
+)
+"""What numbers that are not finite can bring about, apart from more of them."""
+
 _FOLLOWS = {
-    "GG201": _NON_FINITE | {"GG101", "GG102", "GG104", "GG301", "GG302", "GG501", "GG502", "GG503"},
-    "GG202": _NON_FINITE | {"GG101", "GG102", "GG104", "GG301", "GG302", "GG501", "GG502", "GG503"},
-    "GG203": _NON_FINITE | {"GG101", "GG102", "GG104", "GG301", "GG302", "GG501", "GG502", "GG503"},
-    "GG204": _NON_FINITE | {"GG101", "GG102", "GG104", "GG301", "GG302", "GG501", "GG502", "GG503"},
-    "GG101": frozenset({"GG301", "GG302", "GG501", "GG502", "GG503"}),
-    "GG102": frozenset({"GG202", "GG203", "GG204", "GG301", "GG302", "GG501"}),
+    "GG201": _NON_FINITE | _AFTER_NON_FINITE,
+    "GG202": _NON_FINITE | _AFTER_NON_FINITE,
+    "GG203": _NON_FINITE | _AFTER_NON_FINITE,
+    "GG204": _NON_FINITE | _AFTER_NON_FINITE,
+    "GG101": frozenset({"GG301", "GG302", "GG403", "GG501", "GG502", "GG503", "GG504"}),
+    "GG102": frozenset({"GG103", "GG202", "GG203", "GG204", "GG301", "GG302", "GG403", "GG501", "GG505"}),
+    "GG103": frozenset({"GG101", "GG102", "GG202", "GG203", "GG204", "GG301", "GG302", "GG501", "GG505"}),
     "GG104": frozenset({"GG502", "GG503"}),
+    "GG211": frozenset({"GG101", "GG104", "GG502", "GG503", "GG504"}),
+    "GG212": frozenset({"GG502", "GG503"}),
     "GG301": frozenset({"GG101", "GG104", "GG501", "GG502", "GG503"}),
     "GG302": frozenset({"GG104", "GG502", "GG503"}),
-    "GG501": frozenset({"GG101", "GG102", "GG104", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503"}),
+    "GG501": frozenset(
+        {"GG101", "GG102", "GG103", "GG104", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG505", "GG703"}
+    ),
     "GG503": frozenset({"GG502"}),
+    "GG504": frozenset({"GG502", "GG503"}),
+    "GG602": frozenset({"GG502"}),
 }
 """What each illness can bring about, where it came first. Source: ours, architecture.md, section 2."""
 

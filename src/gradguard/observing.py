@@ -22,6 +22,7 @@ from gradguard.history import History
 from gradguard.monitors import GradientMonitor, LossMonitor, SignalMonitor
 from gradguard.monitors._reduce import Handle, Norm, Readback
 from gradguard.monitors.gradients import find_parameters, total_norm
+from gradguard.monitors.loss_scale import ScaledLossMonitor
 from gradguard.prescriptions import prescribe
 from gradguard.records import FloatArray, OptimizerInfo, RunInfo, StepRecord
 
@@ -41,6 +42,7 @@ class Observing:
         history: What was observed so far.
         notes: What could not be observed, and why, in order of appearance.
         spent_s: Seconds spent outside hooks; :attr:`overhead_s` adds those inside.
+        clip_norm: Norm above which the caller clips, where an integration knows it, else NaN.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class Observing:
             model, on_failure=on_failure, dead_patience_steps=config.dead_patience_steps, any_mode=preflight
         )
         self.gradients = GradientMonitor(model, sample_size=config.sample_size)
-        self.losses = LossMonitor()
+        self.losses = LossMonitor() if scaler is None else ScaledLossMonitor(scaler)
+        self.clip_norm = math.nan
         self.history = History(self._run_info(preflight=preflight), capacity=config.history_capacity)
         self.notes: dict[str, Unobserved] = {note.what: note for note in self.signals.unobserved()}
         self.spent_s = 0.0
@@ -118,11 +121,14 @@ class Observing:
             gradient_of: Where a parameter's gradient is; by default in its ``.grad``.
             sample: Whether an update will follow that is worth measuring.
         """
+        scaled = [self._is_scaled(optimizer) for optimizer in self._optimizers]
         self.gradients.read(
             self._readback,
             gradient_of=gradient_of if gradient_of is not None else _grad_of,
             groups=self._groups(),
             sample=sample,
+            state_of=self._state_of if self._optimizers else None,
+            divided_by=None if any(scaled) else self._loss_scale(),
         )
         if self.gradients.arrived == 0 and not self.history.info.preflight:
             return False
@@ -134,8 +140,9 @@ class Observing:
             )
         self._read = True
         self._before_clipping = before_clipping
-        self._scaled = [self._is_scaled(optimizer) for optimizer in self._optimizers]
-        self._scale = self._queue_scale()
+        self._scaled = scaled
+        scale = self._loss_scale()
+        self._scale = None if scale is None else self._readback.put(scale)
         return True
 
     def read_at_step(self, index: int) -> None:
@@ -165,16 +172,19 @@ class Observing:
         self.gradients.read_update(self._readback)
         self.signals.close_step(step, index or 0)
         self._readback.fetch()
+        self.drain_losses()
         record = self._record(index, step, batch, cost_s)
         self._begin()
         if record.scalars.get("skipped"):
             return None
-        self.drain_losses()
         self.history.append(record)
         return record
 
     def drain_losses(self) -> None:
-        """Move the losses that wait into the history."""
+        """Move the losses that wait into the history, and count the steps that a loss scaler skipped."""
+        if isinstance(self.losses, ScaledLossMonitor):
+            self.losses.drain_scales()
+            self.history.info = replace(self.history.info, **self._scaling())
         for step, optimizer, loss in self.losses.drain():
             self.history.note_loss(step, loss, optimizer=optimizer)
 
@@ -237,6 +247,8 @@ class Observing:
             "cost_s": cost_s,
             "skipped": 0.0 if self._found_inf is None else readback.value(self._found_inf),
         }
+        if isinstance(self.losses, ScaledLossMonitor) and not math.isnan(self.losses.scale):
+            scalars["skipped_steps"] = float(self.losses.skipped)
         rates = parameters["lr"][mine > 0]
         if not np.isnan(rates).all():
             scalars["lr"] = float(np.nanmax(rates))
@@ -278,11 +290,25 @@ class Observing:
         stage = states[id(optimizer)].get("stage") if id(optimizer) in states else None
         return getattr(stage, "name", "READY") == "READY"
 
-    def _queue_scale(self) -> Handle | None:
+    def _loss_scale(self) -> Tensor | None:
+        """Return the factor of a loss scaler, on its device; ``None`` without one."""
         scale = next((s for opt in self._optimizers if (s := getattr(opt, "grad_scale", None)) is not None), None)
         if scale is None and self._scaler is not None and self._scaler.is_enabled():
             scale = getattr(self._scaler, "_scale", None)
-        return self._readback.put(scale.detach().reshape(())) if isinstance(scale, torch.Tensor) else None
+        return scale.detach().reshape(()) if isinstance(scale, torch.Tensor) else None
+
+    def _state_of(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """Return the state of a parameter, without making one where its optimizer has none yet."""
+        return next((opt.state[parameter] for opt in self._optimizers if parameter in opt.state), {})
+
+    def _scaling(self) -> dict[str, Any]:
+        if not isinstance(self.losses, ScaledLossMonitor):
+            return {}
+        return {
+            "skipped_steps": self.losses.skipped,
+            "skipped_in_a_row": self.losses.in_a_row,
+            "loss_scale": self.losses.scale,
+        }
 
     def _run_info(self, *, preflight: bool) -> RunInfo:
         parameters = [named.parameter for named in find_parameters(self._model)]
@@ -297,6 +323,8 @@ class Observing:
             preflight=preflight,
             expects_updates=not preflight,
             classes=linear[-1].out_features if linear and self.losses.cross_entropy else 0,
+            clip_norm=self.clip_norm,
+            **self._scaling(),
         )
 
 

@@ -37,6 +37,7 @@ _PASCANU = (
 _WARM_UP = "Goyal et al. (2017), Accurate, Large Minibatch SGD, section 2.2, arXiv 1706.02677"
 _RATIO = "Karpathy, CS231n notes, Neural networks part 3: ratio of update to weight magnitudes about 1e-3"
 _AUTOGRAD = "PyTorch documentation, Autograd mechanics"
+_MIXED = "Micikevicius et al. (2018), Mixed Precision Training, ICLR, arXiv 1710.03740"
 _LECUN = "LeCun, Bottou, Orr, Mueller (1998), Efficient BackProp, section 4.3"
 
 _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
@@ -247,6 +248,40 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference="PyTorch documentation, Automatic Mixed Precision",
         ),
+        "loss-scaler": _Remedy(
+            reason="Multiplying the loss lifts each gradient over the edge of float16; dividing restores it exactly.",
+            code=(
+                "scaler = torch.amp.GradScaler(next(model.parameters()).device.type)  # once\n"
+                "scaler.scale(compute_loss(model, batch)).backward()\n"
+                "scaler.step(optimizer)\n"
+                "scaler.update()"
+            ),
+            reference=_MIXED,
+        ),
+        "float32-weights": _Remedy(
+            reason="Weights in float32 keep updates that half precision rounds away; autocast still computes in half.",
+            code=(
+                "model.float()  # before the optimizer is made\n"
+                "with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16):\n"
+                "    loss = compute_loss(model, batch)"
+            ),
+            reference=_MIXED,
+        ),
+        "smaller-epsilon": _Remedy(
+            reason="An eps below the size of any gradient of this model lets the optimizer set its steps again.",
+            code='for group in optimizer.param_groups:\n    group["eps"] = 1e-15',
+            reference="Wortsman et al. (2024), Small-scale proxies for large Transformers, arXiv 2309.14322",
+        ),
+        "lower-beta2": _Remedy(
+            reason="With a shorter memory the running mean of squares follows a growing gradient sooner.",
+            code='for group in optimizer.param_groups:\n    group["betas"] = (group.get("betas", (0.9,))[0], 0.95)',
+            reference="Wortsman et al. (2023), Stable and low-precision training, NeurIPS, arXiv 2304.13013",
+        ),
+        "raise-clip-norm": _Remedy(
+            reason="A threshold of twice the usual norm cuts spikes only, and leaves the learning rate its meaning.",
+            code="torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm={norm})  # between backward() and step()",
+            reference=_PASCANU,
+        ),
         "restore-checkpoint": _Remedy(
             reason="A NaN weight never heals: go back to weights and optimizer state that are finite.",
             code='model.load_state_dict(checkpoint["model"])\noptimizer.load_state_dict(checkpoint["optimizer"])',
@@ -268,6 +303,8 @@ _CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG102", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "clip-norm"),
         ("GG102", Cause.NORMALIZATION): ("residual", "layer-norm", "clip-norm"),
         ("GG102", None): (*_DEPTH_DEFAULT, "clip-norm"),
+        ("GG103", Cause.DATA): ("clip-norm", "input-check", "restore-checkpoint"),
+        ("GG103", None): ("clip-norm", "lower-learning-rate", "warm-up"),
         ("GG104", Cause.LOSS): ("remove-detach", "differentiable-op"),
         ("GG104", None): ("remove-detach", "differentiable-op", "freeze-module"),
         ("GG201", None): ("input-check", "standardize-input"),
@@ -281,16 +318,25 @@ _CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG203", None): ("safe-op", "anomaly-mode"),
         ("GG204", Cause.LEARNING_RATE): (*_RATE, "restore-checkpoint"),
         ("GG204", None): ("restore-checkpoint", "clip-norm"),
+        ("GG211", None): ("loss-scaler", "bfloat16"),
+        ("GG212", None): ("float32-weights", "higher-learning-rate"),
+        ("GG213", None): ("bfloat16", "safe-op", "lower-learning-rate"),
         ("GG301", Cause.LEARNING_RATE): ("lower-learning-rate", "warm-up", "he-initialization", "leaky-relu"),
         ("GG301", Cause.DATA): ("standardize-input", "batch-norm", "leaky-relu"),
         ("GG301", None): ("he-initialization", "batch-norm", "leaky-relu"),
         ("GG302", Cause.DATA): ("standardize-input", "layer-norm", "relu"),
         ("GG302", None): ("xavier-initialization", "layer-norm", "relu"),
+        ("GG403", None): ("he-initialization", "layer-norm", "residual"),
         ("GG501", None): _RATE,
         ("GG502", None): ("higher-learning-rate",),
         ("GG503", Cause.WIRING): ("add-to-optimizer", "freeze"),
         ("GG503", Cause.LEARNING_RATE): ("set-learning-rate", "freeze"),
         ("GG503", None): ("higher-learning-rate",),
+        ("GG504", None): ("smaller-epsilon",),
+        ("GG505", None): ("lower-learning-rate", "clip-norm", "warm-up", "restore-checkpoint"),
+        ("GG601", None): ("raise-clip-norm",),
+        ("GG602", None): ("raise-clip-norm",),
+        ("GG703", None): ("lower-beta2", "clip-norm"),
     }
 )
 """Remedies by rule and cause, best first; ``None`` stands for any other cause.
@@ -350,6 +396,7 @@ def _fill(name: str, finding: Finding) -> Prescription:
         "parameter": parameter,
         "activation": _activation(finding) if name in {"relu", "layer-norm", "batch-norm"} else "ReLU",
         "factor": f"{factor:.2g}",
+        "norm": f"{_usual_norm(finding):.3g}",
     }
     return Prescription(
         remedy=name,
@@ -371,6 +418,12 @@ def _arguments(name: str, finding: Finding, factor: float) -> dict[str, Any]:
     if name in {"freeze", "add-to-optimizer"}:
         return {"parameters": finding.layers}
     return {}
+
+
+def _usual_norm(finding: Finding) -> float:
+    """Return twice the usual norm of the gradient, 1 where it is not known."""
+    known = finding.evidence.get("usual_norm", finding.evidence.get("largest_norm"))
+    return 2.0 * float(known.value) if known is not None else 1.0
 
 
 def _activation(finding: Finding) -> str:

@@ -36,27 +36,41 @@ Layer statistics (one number per module and observation; the calls of a module t
 
 Parameter statistics (one number per parameter and observation):
 
-====================  ================================================================================================
-``grad_norm``         L2 norm of the accumulated, unscaled gradient before clipping; NaN where ``.grad`` is None,
-                      unreadable or another optimizer's; inf where an entry is NaN or infinite.
-``grad_max_abs``      Upper bound of the largest absolute gradient entry (exact for large tensors, else the norm); NaN
-                      and inf propagate; NaN where ``.grad`` is None.
-``weight_norm``       L2 norm of the parameter before the update; inf where an entry is NaN or infinite.
-``weight_max_abs``    Upper bound of the parameter's largest absolute entry before the update, as above.
-``update_ratio``      L2 norm of the update over L2 norm of the weight, from at most ``sample_size`` entries; NaN
-                      unknown.
-``moved_fraction``    Share of sampled entries with a non-zero gradient that the step changed, 0..1; NaN unknown.
-``trainable``         1 where ``requires_grad``, else 0.
-``in_optimizer``      1 where a watched optimizer holds it (or there is none to ask), else 0.
-``lr``                Learning rate of its parameter group; NaN unknown.
-``absent``            1 where a gradient was due (trainable, this optimizer's) and ``.grad`` is None, else 0.
-====================  ================================================================================================
+======================  ================================================================================================
+``grad_norm``           L2 norm of the accumulated, unscaled gradient before clipping; NaN where ``.grad`` is None,
+                        unreadable or another optimizer's; inf where an entry is NaN or infinite.
+``grad_max_abs``        Upper bound of the largest absolute gradient entry (exact for large tensors, else the norm); NaN
+                        and inf propagate; NaN where ``.grad`` is None.
+``weight_norm``         L2 norm of the parameter before the update; inf where an entry is NaN or infinite.
+``weight_max_abs``      Upper bound of the parameter's largest absolute entry before the update, as above.
+``update_ratio``        L2 norm of the update over L2 norm of the weight, from at most ``sample_size`` entries; NaN
+                        unknown.
+``moved_fraction``      Share of sampled entries with a non-zero gradient that the step changed, 0..1; NaN unknown.
+``trainable``           1 where ``requires_grad``, else 0.
+``in_optimizer``        1 where a watched optimizer holds it (or there is none to ask), else 0.
+``lr``                  Learning rate of its parameter group; NaN unknown.
+``absent``              1 where a gradient was due (trainable, this optimizer's) and ``.grad`` is None, else 0.
+``rounding_unit``       Distance from 1 to the next number of the parameter's type: 2^-23 in float32, 2^-10 in float16,
+                        2^-7 in bfloat16; NaN for other types.
+``underflow_fraction``  Share of sampled gradient entries below 8 x 2^-24, zeros included, as float16 computed them
+                        (still scaled), where all of them lie below its normal range, 2^-14; 0 where one lies in it; NaN
+                        where the gradient was not computed in float16 (an entry is no multiple of 2^-24) or has fewer
+                        than 16 sampled entries other than zero.
+``second_moment_rms``   Root of the mean of the optimizer's running mean of squares (Adam's v, bias-corrected) before
+                        the step, from the sampled entries; NaN where it keeps none, as at the first step, and for
+                        vectors.
+``epsilon_fraction``    Share of sampled entries with a second moment above 0 whose root is below ten times ``eps``; NaN
+                        as above.
+``update_rms``          Root mean square of gradient over max(root of the second moment, ``eps``), before the step and
+                        before the caller's clipping, over entries with a second moment above 0; NaN as above.
+======================  ================================================================================================
 
 Scalars: ``grad_norm`` (total over this optimizer's parameters, before clipping), ``grad_norm_at_step`` (the same when
 the optimizer ran, after the caller's clipping), ``lr``, ``loss_scale`` (1 without a scaler), ``read_before_clipping``
 (1 where ``record()`` read the gradients, 0 where only the step hook did), ``cost_s`` (seconds of host time that
-finishing the observation took). A scalar that is unknown is absent from the mapping. A step that a loss scaler skipped
-gives no record. Losses are kept for every step, by :meth:`gradguard.history.History.note_loss`.
+finishing the observation took), ``skipped_steps`` (steps that the loss scaler had skipped by then, as counted by a
+falling scale; only with a scaler and recorded losses). A scalar that is unknown is absent from the mapping. A step that
+a loss scaler skipped gives no record. Losses are kept for every step, by :meth:`gradguard.history.History.note_loss`.
 """
 
 from __future__ import annotations
@@ -111,6 +125,11 @@ PARAMETER_STATISTICS = (
     "in_optimizer",
     "lr",
     "absent",
+    "rounding_unit",
+    "underflow_fraction",
+    "second_moment_rms",
+    "epsilon_fraction",
+    "update_rms",
 )
 
 
@@ -197,6 +216,10 @@ class RunInfo:
         preflight: Whether this is a check before the first step rather than a run.
         expects_updates: Whether optimizer steps are observed (False for a check).
         classes: Width of the output where the loss looks like a classification, else 0.
+        skipped_steps: Steps that the loss scaler has skipped so far, those before the first clean step not counted.
+        skipped_in_a_row: Steps that it has skipped since the last clean one.
+        loss_scale: Its scale when last looked at, NaN without a scaler.
+        clip_norm: Norm above which the caller clips, where that is known, else NaN.
     """
 
     model: str = ""
@@ -205,6 +228,10 @@ class RunInfo:
     preflight: bool = False
     expects_updates: bool = True
     classes: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    loss_scale: float = float("nan")
+    clip_norm: float = float("nan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,12 +98,12 @@ _CATALOGUE = (
         "The gradient grows with depth or without bound",
         "one observation of two layers or more; an error needs 100 steps under Adam",
     ),
-    _planned(
+    _rule(
         "GG103",
         "gradient-spike",
         "spike",
         "One step's gradient or loss is far out of line",
-        "25 steps, against which the newest is compared",
+        "25 recorded losses, or 25 observed gradients, before the spike",
     ),
     _rule(
         "GG104",
@@ -138,26 +138,26 @@ _CATALOGUE = (
         "GG203", "non-finite-backward", "non_finite", "The loss is finite and its gradient is not", "one observation"
     ),
     _rule("GG204", "non-finite-parameter", "non_finite", "A weight is NaN or infinite", "one observation"),
-    _planned(
+    _rule(
         "GG211",
         "half-precision-underflow",
         "precision",
         "float16 rounds small gradients to zero",
         "three observations of float16 gradients",
     ),
-    _planned(
+    _rule(
         "GG212",
         "update-lost-to-rounding",
         "precision",
         "Updates are too small for the weights' precision",
-        "three observations of an optimizer step",
+        "three observations of steps of half-precision weights",
     ),
-    _planned(
+    _rule(
         "GG213",
         "loss-scale-collapse",
         "precision",
         "The gradient scaler lowers its scale without end",
-        "several consecutive skipped steps under a gradient scaler",
+        "20 steps tried under a gradient scaler that the guard was given, and losses",
     ),
     _rule(
         "GG301",
@@ -187,12 +187,12 @@ _CATALOGUE = (
         "A weight's largest singular value keeps growing",
         "several observations over at least 100 steps",
     ),
-    _planned(
+    _rule(
         "GG403",
         "poor-initialization",
         "initialization",
         "First weights of the wrong scale for their layer",
-        "one observation before or at the first step",
+        "one observation of six layers or more, before or at the first step",
     ),
     _rule(
         "GG501",
@@ -215,33 +215,33 @@ _CATALOGUE = (
         "A gradient arrives and the weight never moves",
         "three observations of an optimizer step; one before the first, for what the optimizer lacks",
     ),
-    _planned(
+    _rule(
         "GG504",
         "epsilon-limited-update",
         "learning_rate",
         "Adam's eps, not the gradient, sets the update",
-        "three consecutive observations of an optimizer step with eps",
+        "three consecutive observations over 20 steps of an optimizer with eps, and losses",
     ),
-    _planned(
+    _rule(
         "GG505",
         "loss-divergence",
         "divergence",
         "The loss has left its level and does not return",
         "64 steps with a recorded loss",
     ),
-    _planned(
+    _rule(
         "GG601",
         "clipping-never-engages",
         "clipping",
         "The clipping threshold is too high to act",
-        "200 steps with norms before and after clipping",
+        "20 observations over 200 steps, and a known threshold",
     ),
-    _planned(
+    _rule(
         "GG602",
         "clipping-dominates",
         "clipping",
         "Most steps are cut by gradient clipping",
-        "20 observations with norms before and after clipping",
+        "20 observations with norms before and after clipping; five where all are cut",
     ),
     _planned(
         "GG701",
@@ -257,12 +257,12 @@ _CATALOGUE = (
         "Products of queries and keys keep growing",
         "three observations of an attention module",
     ),
-    _planned(
+    _rule(
         "GG703",
         "update-rms-spike",
         "attention",
         "Adam's update is far larger than it intends",
-        "one observation of an optimizer step with a running mean of squares",
+        "25 observations of an optimizer with a running mean of squares",
     ),
 )
 

@@ -12,26 +12,41 @@ from dataclasses import replace
 from typing import Protocol
 
 from gradguard.config import GuardConfig
+from gradguard.detectors.clipping import find_clipping
 from gradguard.detectors.dead_units import find_dead_units
 from gradguard.detectors.depth import find_depth
+from gradguard.detectors.divergence import find_divergence
+from gradguard.detectors.epsilon import find_epsilon_limited, find_update_rms_spike
+from gradguard.detectors.initialization import find_poor_initialization
 from gradguard.detectors.learning_rate import find_learning_rate
 from gradguard.detectors.no_gradient import find_missing_gradients
 from gradguard.detectors.no_update import find_no_update
 from gradguard.detectors.non_finite import find_non_finite
+from gradguard.detectors.precision import find_loss_scale_collapse, find_lost_updates, find_underflow
 from gradguard.detectors.saturated_units import find_saturated_units
+from gradguard.detectors.spike import find_spike
 from gradguard.findings import Finding
 from gradguard.history import History
 
 __all__ = [
     "DEFAULT_DETECTORS",
     "Detector",
+    "find_clipping",
     "find_dead_units",
     "find_depth",
+    "find_divergence",
+    "find_epsilon_limited",
     "find_learning_rate",
+    "find_loss_scale_collapse",
+    "find_lost_updates",
     "find_missing_gradients",
     "find_no_update",
     "find_non_finite",
+    "find_poor_initialization",
     "find_saturated_units",
+    "find_spike",
+    "find_underflow",
+    "find_update_rms_spike",
     "run_detectors",
 ]
 
@@ -52,6 +67,15 @@ DEFAULT_DETECTORS: tuple[Detector, ...] = (
     find_saturated_units,
     find_learning_rate,
     find_no_update,
+    find_spike,
+    find_underflow,
+    find_lost_updates,
+    find_loss_scale_collapse,
+    find_poor_initialization,
+    find_epsilon_limited,
+    find_divergence,
+    find_clipping,
+    find_update_rms_spike,
 )
 """Every detector of the catalogue, in the order in which they run."""
 

@@ -16,6 +16,14 @@ import torch
 from torch import nn
 
 from gradguard.monitors._describe import clean_name
+from gradguard.monitors._moments import (
+    Counts,
+    Moment,
+    queue_float16,
+    queue_moments,
+    second_moment,
+    underflow_fraction,
+)
 from gradguard.monitors._reduce import Handle, Norm, Readback, dense, queue_norms, subsample
 from gradguard.records import PARAMETER_STATISTICS, FloatArray, ParameterTable
 
@@ -23,6 +31,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["GradientMonitor", "NamedParameter", "find_parameters", "total_norm"]
+
+
+_OWN = (
+    "grad_norm",
+    "grad_max_abs",
+    "update_ratio",
+    "moved_fraction",
+    "underflow_fraction",
+    "second_moment_rms",
+    "epsilon_fraction",
+    "update_rms",
+)
+"""What is said of a parameter only by steps of its own optimizer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +106,9 @@ class GradientMonitor:
         self._weights: dict[int, Norm] = {}
         self._samples: list[_Samples] = []
         self._updates: list[tuple[list[int], Handle]] = []
-        self._facts: list[tuple[float, float, float, float]] = []
+        self._moments: list[Counts] = []
+        self._float16: list[Counts] = []
+        self._facts: list[tuple[float, float, float, float, float]] = []
         self._lr_handles: dict[int, Handle] = {}
         self.arrived = 0
         self.unreadable: tuple[str, ...] = ()
@@ -98,6 +121,8 @@ class GradientMonitor:
         gradient_of: Callable[[nn.Parameter], Tensor | None],
         groups: Mapping[int, Mapping[str, Any]] | None,
         sample: bool = True,
+        state_of: Callable[[nn.Parameter], Mapping[str, Any]] | None = None,
+        divided_by: Tensor | None = None,
     ) -> None:
         """Queue everything that must be read before the optimizer changes the parameters.
 
@@ -106,6 +131,8 @@ class GradientMonitor:
             gradient_of: Returns the accumulated gradient of a parameter, or ``None``.
             groups: Parameter group by ``id(parameter)`` over all watched optimizers; ``None`` where none is watched.
             sample: Whether to keep samples for :meth:`read_update`.
+            state_of: Returns the optimizer's state of a parameter, empty for none.
+            divided_by: Scale of the loss by which the gradients have already been divided, ``None`` for none.
         """
         self._parameters = find_parameters(self._model)
         self._build_table()
@@ -128,10 +155,21 @@ class GradientMonitor:
                 self._lr_handles[row] = readback.put(lr.detach().reshape(()))
                 lr = math.nan
             self._facts.append(
-                (float(trainable), float(in_optimizer), float(lr), float(trainable and gradient is None))
+                (
+                    float(trainable),
+                    float(in_optimizer),
+                    float(lr),
+                    float(trainable and gradient is None),
+                    _rounding_unit(named.parameter),
+                )
             )
         self._samples = list(self._take_samples(gradients)) if sample else []
         self._updates = []
+        self._float16 = [
+            queue_float16(readback, samples.rows, samples.sizes, samples.gradients, divided_by)
+            for samples in self._samples
+        ]
+        self._moments = queue_moments(readback, list(self._take_moments(groups, state_of))) if state_of else []
 
     def read_update(self, readback: Readback) -> None:
         """Queue how far the sampled entries moved; call after the optimizer step."""
@@ -174,12 +212,12 @@ class GradientMonitor:
                 update, weight, stirred, live = (readback.value(handle, offset + k * len(rows)) for k in range(4))
                 columns["update_ratio"][row] = update / weight if weight > 0.0 else math.nan
                 columns["moved_fraction"][row] = stirred / live if live > 0.0 else math.nan
-        for name, column in zip(
-            ("trainable", "in_optimizer", "lr", "absent"), zip(*self._facts, strict=True), strict=True
-        ):
+        self._add_precision(readback, columns, scale)
+        facts = ("trainable", "in_optimizer", "lr", "absent", "rounding_unit")
+        for name, column in zip(facts, zip(*self._facts, strict=True), strict=True):
             columns[name][:] = column
         columns["absent"] *= mine
-        for name in ("grad_norm", "grad_max_abs", "update_ratio", "moved_fraction"):
+        for name in _OWN:
             columns[name][others > 0] = math.nan
         for row, handle in self._lr_handles.items():
             columns["lr"][row] = readback.value(handle)
@@ -189,6 +227,19 @@ class GradientMonitor:
         """Return 1 for each parameter among ``ids``, else 0, shape ``[parameters]``; ``None`` means all."""
         held = [float(ids is None or id(named.parameter) in ids) for named in self._parameters]
         return np.array(held, dtype=np.float64)
+
+    def _add_precision(self, readback: Readback, columns: dict[str, FloatArray], scale: float) -> None:
+        """Fill in what the samples say of float16 and of the optimizer's second moment."""
+        for counts in self._float16:
+            for position, row in enumerate(counts.rows):
+                if self._parameters[row].parameter.dtype != torch.bfloat16:
+                    columns["underflow_fraction"][row] = underflow_fraction(readback, counts, position)
+        for counts in self._moments:
+            for position, (row, size) in enumerate(zip(counts.rows, counts.sizes, strict=True)):
+                square, limited, live, ratio = (counts.value(readback, position, kind) for kind in range(4))
+                columns["second_moment_rms"][row] = math.sqrt(square / size)
+                columns["epsilon_fraction"][row] = limited / live if live > 0.0 else math.nan
+                columns["update_rms"][row] = math.sqrt(ratio / live) / scale if live > 0.0 else math.nan
 
     def close(self) -> None:
         """Let go of samples and parameters."""
@@ -229,6 +280,22 @@ class GradientMonitor:
                 gradients=torch.cat([slope.float() for _, _, _, slope in items]),
             )
 
+    def _take_moments(
+        self, groups: Mapping[int, Mapping[str, Any]] | None, state_of: Callable[[nn.Parameter], Mapping[str, Any]]
+    ) -> Iterator[Moment]:
+        """Yield the second moments of the sampled entries, where the optimizer has taken a step and keeps them."""
+        for samples in self._samples:
+            slopes = samples.gradients.split(samples.sizes)
+            for row, parameter, slope in zip(samples.rows, samples.parameters, slopes, strict=True):
+                if parameter.ndim < 2:  # no rule asks about vectors, and they are half of the tensors
+                    continue
+                found = second_moment(state_of(parameter), (groups or {}).get(id(parameter), {}))
+                if found is None or found[0].stride() != parameter.stride():
+                    continue
+                square = _sample_of(found[0], self._sample_size)
+                if square is not None and square.numel() == slope.numel():
+                    yield Moment(row, slope, square, found[1], found[2])
+
 
 def total_norm(readback: Readback, gradients: list[Tensor]) -> list[Norm]:
     """Queue the norms of a list of gradients, for a total over them; unreadable ones are left out."""
@@ -246,3 +313,7 @@ def _sample_of(tensor: Tensor, entries: int) -> Tensor | None:
         return None
     values = dense(tensor.detach())
     return None if values is None else subsample(values, entries)
+
+
+def _rounding_unit(parameter: nn.Parameter) -> float:
+    return torch.finfo(parameter.dtype).eps if parameter.is_floating_point() else math.nan

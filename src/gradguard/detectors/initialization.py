@@ -1,0 +1,134 @@
+"""GG403 poor-initialization: the first weights have the wrong scale for the activations behind them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradguard.config import GuardConfig
+from gradguard.detectors._culprit import explain_depth
+from gradguard.detectors._depth import theil_sen_gain, trunk, weight_layers
+from gradguard.detectors._finding import make_finding
+from gradguard.detectors._numbers import column, finite_median, parameter_column, signal
+from gradguard.detectors.depth import observed_spans
+from gradguard.findings import Cause, Evidence, Finding, Severity
+from gradguard.history import History
+from gradguard.records import StepRecord
+from gradguard.theory import critical_gain
+
+__all__ = ["find_poor_initialization"]
+
+_WORTH_SAYING = 1.0
+"""Decades over all layers from which a gain is worth a remark. Ours: half of what is mentioned for the gradient."""
+
+
+def find_poor_initialization(history: History, config: GuardConfig) -> Sequence[Finding]:
+    """Find first weights whose scale makes each layer shrink or enlarge the gradient.
+
+    Looked at is the first step, over ``minimum_depth_layers`` or more layers without normalization between most of
+    them: the factor per layer lies outside ``initial_gain``, adds up to a decade, and weights explain it rather than
+    activations, dead or saturated units or one layer alone. It is a remark beside GG101 and GG102; a warning where the
+    measured span was, and still is, beyond ``span_warning``. Once training has halved the span nothing is said.
+
+    Args:
+        history: Records of one optimizer, oldest first; needs ``delta_norm`` at step 0.
+        config: Thresholds.
+
+    Source: Schoenholz et al. (2017), "Deep Information Propagation", ICLR, arXiv 1611.01232; He et al. (2015), arXiv
+        1502.01852; limits ours.
+    """
+    if not len(history) or history.records[0].step != 0:
+        return []
+    record = history.records[0]
+    delta = signal(record)
+    rows = trunk(record.layers, delta)
+    layers = weight_layers(record.layers, rows)
+    norms = sum(record.layers.roles[int(row)] == "norm" for row in rows)
+    if len(layers) < config.minimum_depth_layers or 2 * norms >= len(layers):
+        return []
+    spans = observed_spans(history, config)
+    gain, span = theil_sen_gain(delta[layers]), float(spans[0])
+    total = math.log10(gain) * (len(layers) - 1) if gain > 0.0 else 0.0
+    if abs(math.log10(gain or 1.0)) <= math.log10(config.initial_gain) or abs(total) < _WORTH_SAYING:
+        return []
+    if math.isnan(span) or span * total <= 0.0:
+        return []
+    explained = explain_depth(record, rows, span)
+    if explained.cause is not Cause.WEIGHT_SCALE or explained.single:
+        return []
+    now = float(spans[~np.isnan(spans)][-1])
+    if now * span <= 0.0 or abs(now) < 0.5 * abs(span):  # training has put it right
+        return []
+    lasting = min(abs(span), abs(now)) > config.span_warning
+    kind = explained.evidence.get("activation")
+    activation = str(kind.value) if kind is not None else ""
+    evidence = _evidence(record, layers, gain, activation)
+    return [
+        make_finding(
+            "GG403",
+            Severity.WARNING if lasting else Severity.INFO,
+            _message(gain, len(layers), evidence),
+            step=0,
+            last_step=0,
+            layer=explained.layer,
+            layers=tuple(record.layers.names[row] for row in layers),
+            cause=Cause.WEIGHT_SCALE,
+            confidence=0.8,
+            evidence=evidence,
+        )
+    ]
+
+
+def _message(gain: float, layers: int, evidence: dict[str, Evidence]) -> str:
+    size = "small" if gain < 1.0 else "large"
+    text = (
+        f"The first weights are too {size}: each of {layers} layers passes the gradient on with a factor of {gain:.2g}"
+    )
+    if "weight_deviation" in evidence and "critical_deviation" in evidence:
+        here, wanted = evidence["weight_deviation"].value, evidence["critical_deviation"].value
+        text += f" (their gain is {here:.2g}, {wanted:.3g} would keep its size)"
+    return f"{text}."
+
+
+def _evidence(record: StepRecord, layers: list[int], gain: float, activation: str) -> dict[str, Evidence]:
+    forward = column(record, "forward_rms")
+    passed = [forward[after] / forward[before] for before, after in itertools.pairwise(layers) if forward[before] > 0.0]
+    evidence = {
+        "gain_per_layer": Evidence(value=gain, unit="ratio", note="gradient towards the input; 1 keeps its size"),
+        "layers": Evidence(value=len(layers), unit="layers"),
+    }
+    usable = np.array([ratio for ratio in passed if np.isfinite(ratio)])
+    if usable.size:
+        evidence["forward_gain"] = Evidence(value=float(np.median(usable)), unit="ratio", note="output over output")
+    deviation = _weight_deviation(record, layers)
+    wanted = _critical(activation)
+    if not math.isnan(deviation):
+        evidence["weight_deviation"] = Evidence(value=deviation, note="of the weights, times the root of fan-in")
+    if wanted is not None:
+        evidence["critical_deviation"] = Evidence(value=wanted, note=f"keeps the gradient's size with {activation}")
+    return evidence
+
+
+def _weight_deviation(record: StepRecord, layers: list[int]) -> float:
+    """Return the median of sigma_w, the weights' deviation times the root of fan-in; fan-out is the bias's size."""
+    table, norms = record.parameters, parameter_column(record, "weight_norm")
+    names = {record.layers.names[row] for row in layers}
+    outputs = {
+        layer: size for layer, size, dims in zip(table.layers, table.sizes, table.dims, strict=True) if dims == 1
+    }
+    found = [
+        float(norms[row]) / math.sqrt(outputs[layer])
+        for row, (layer, dims) in enumerate(zip(table.layers, table.dims, strict=True))
+        if dims >= 2 and layer in names and outputs.get(layer, 0) > 0
+    ]
+    return finite_median(np.array(found)) if found else math.nan
+
+
+def _critical(activation: str) -> float | None:
+    try:
+        return critical_gain(activation) if activation else None
+    except (TypeError, ValueError):
+        return None
