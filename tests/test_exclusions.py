@@ -51,10 +51,9 @@ def test_a_rate_that_is_too_high_excludes_everything_else_with_numbers() -> None
         ({"rounding_unit": 2.0**-7}, Cause.PRECISION),
         ({"rounding_unit": NAN}, Cause.PRECISION),
         ({"underflow_fraction": 0.1}, Cause.PRECISION),
-        ({"absent": 1.0, "grad_norm": NAN}, Cause.WIRING),
         ({"in_optimizer": 0.0}, Cause.WIRING),
     ],
-    ids=["bfloat16", "unknown type", "some underflow", "no gradient", "no optimizer"],
+    ids=["bfloat16", "unknown type", "some underflow", "no optimizer"],
 )
 def test_only_what_was_measured_excludes(columns: dict[str, float], cause: Cause) -> None:
     """A number that is unknown, or that speaks for a cause, rules it out no more."""
