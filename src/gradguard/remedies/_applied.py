@@ -29,14 +29,18 @@ class Snapshot:
     def __init__(self) -> None:
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._children: list[tuple[nn.Module, str, nn.Module]] = []
-        self._states: list[tuple[Optimizer, nn.Parameter, Any]] = []
-        self._groups: list[tuple[list[nn.Parameter], nn.Parameter]] = []
+        self._states: list[tuple[Optimizer, nn.Parameter, dict[str, Any] | None]] = []
+        self._groups: list[tuple[Optimizer, list[nn.Parameter], nn.Parameter]] = []
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Keep the values of tensors; what is kept already is not kept again."""
         for tensor in tensors:
             if id(tensor) not in self._values:
                 self._values[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def changed(self) -> set[int]:
+        """Return the ids of the kept tensors whose values are no longer the same; NaN counts as equal to NaN."""
+        return {key for key, (tensor, value) in self._values.items() if not _same(tensor, value)}
 
     def replace_child(self, parent: nn.Module, name: str, child: nn.Module) -> None:
         """Put a module in the place of another and remember the other."""
@@ -45,17 +49,14 @@ class Snapshot:
 
     def reset_state(self, optimizers: Sequence[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
         """Take the optimizers' state of changed parameters out, so that it starts afresh; LBFGS has one for all."""
-        changed = list(parameters)
-        ids = {id(parameter) for parameter in changed}
+        ids = {id(parameter) for parameter in parameters}
         for optimizer in optimizers:
-            if isinstance(optimizer, torch.optim.LBFGS):
-                held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-                affected = held if any(id(parameter) in ids for parameter in held) else []
-            else:
-                affected = changed
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            affected = [parameter for parameter in held if id(parameter) in ids]
+            if affected and isinstance(optimizer, torch.optim.LBFGS):
+                affected = held
             for parameter in affected:
-                if parameter in optimizer.state:
-                    self._states.append((optimizer, parameter, optimizer.state.pop(parameter)))
+                self._states.append((optimizer, parameter, optimizer.state.pop(parameter, None)))
 
     def add_parameter(self, optimizers: Sequence[Optimizer], parameter: nn.Parameter, beside: nn.Parameter) -> None:
         """Let the optimizer that holds ``beside`` hold ``parameter`` in the same group.
@@ -66,7 +67,7 @@ class Snapshot:
             for group in optimizer.param_groups:
                 if any(held is beside for held in group["params"]):
                     group["params"].append(parameter)
-                    self._groups.append((group["params"], parameter))
+                    self._groups.append((optimizer, group["params"], parameter))
 
     def restore(self) -> None:
         """Put everything back; once done there is nothing left to put back."""
@@ -78,11 +79,21 @@ class Snapshot:
                 tensor.copy_(value)
         self._values.clear()
         while self._groups:
-            parameters, added = self._groups.pop()
+            optimizer, parameters, added = self._groups.pop()
             parameters[:] = [parameter for parameter in parameters if parameter is not added]
+            optimizer.state.pop(added, None)
         while self._states:
             optimizer, parameter, state = self._states.pop()
-            optimizer.state[parameter] = state
+            if state is None:
+                optimizer.state.pop(parameter, None)
+            else:
+                optimizer.state[parameter] = state
+
+
+def _same(tensor: Tensor, value: Tensor) -> bool:
+    if torch.equal(tensor, value):
+        return True
+    return tensor.is_floating_point() and torch.allclose(tensor, value, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @contextlib.contextmanager
@@ -141,5 +152,3 @@ class Applied:
     def __str__(self) -> str:
         left = [f"{name}: left alone, {why}" for name, why in self.skipped.items()]
         return "\n".join([self.remedy, *(f"  {line}" for line in (*self.changes, *left))])
-
-
