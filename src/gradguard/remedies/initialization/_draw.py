@@ -44,8 +44,8 @@ def orthogonal(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator
     rows, columns = shape[0], math.prod(shape[1:])
     drawn = torch.randn((max(rows, columns), min(rows, columns)), dtype=_working(dtype), generator=generator)
     q, r = torch.linalg.qr(drawn)
-    q = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
-    return (q if rows >= columns else q.T).reshape(shape)
+    uniform: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
+    return (uniform if rows >= columns else uniform.T).reshape(shape)
 
 
 def orthogonal_layer(
@@ -70,11 +70,12 @@ def delta_orthogonal(
     """
     kernel = torch.zeros(shape, dtype=_working(dtype))
     groups = int(getattr(module, "groups", 1))
-    centre = tuple((size - 1) // 2 for size in shape[2:])
     rows = shape[0] // groups
+    centre = kernel
+    for size in shape[2:]:
+        centre = centre.select(2, (size - 1) // 2)  # a view: the axes behind it move up
     for group in range(groups):
-        block = orthogonal(torch.Size((rows, shape[1])), dtype, generator)
-        kernel[(slice(group * rows, (group + 1) * rows), slice(None), *centre)] = block
+        centre[group * rows : (group + 1) * rows] = orthogonal(torch.Size((rows, shape[1])), dtype, generator)
     return kernel
 
 

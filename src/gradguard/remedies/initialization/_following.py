@@ -33,7 +33,10 @@ class Following:
 
 
 def following_by_trace(trace: Trace, layers: Sequence[Layer]) -> dict[str, Following]:
-    """Return what stands behind each layer that ran, by name; dropout, pooling, reshaping and sums are looked through."""
+    """Return what stands behind each layer that ran, by name.
+
+    Dropout, pooling, reshaping, normalization and sums are looked through.
+    """
     found = {}
     for name, module in layers:
         uses = trace.uses(module)

@@ -26,8 +26,9 @@ from gradguard.remedies.initialization._targets import (
     module_tensors,
     set_weight,
     zero_bias,
+    zeroed,
 )
-from gradguard.remedies.initialization._trace import Trace, call, trace
+from gradguard.remedies.initialization._trace import Trace, trace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,8 +182,8 @@ def fixup(
             std = 0.0 if id(module) in zeros else gain * scales.get(id(module), 1.0)
             reason = _draw(module, std, draw, snapshot)
             if reason is None:
-                what = f"gain {std:.3g}" if std else "zero"
-                changes.append(f"{name}: weight {what}{_on_branch(module, scales, len(blocks), std)}, bias 0")
+                what = f"of gain {std:.3g}" if std else "zero"
+                changes.append(f"{name}: weight {what}{_on_branch(module, scales, len(blocks), std)}{zeroed(module)}")
             elif id(module) in zeros:
                 raise UnsupportedModelError(f"fixup must set the weight of {name} to 0, but {reason}")
             else:
@@ -191,19 +192,19 @@ def fixup(
             changes += [
                 _wrap(model, snapshot, optimizers, block.last, 1.0) for block in blocks if block.last is not None
             ]
-            call_again(model, batch, compute_loss)
+            _run_again(model, batch, compute_loss)
         return finish(model, "fixup", snapshot, optimizers, changes, skipped, names_before)
 
 
 def _on_branch(module: nn.Module, scales: dict[int, float], count: int, std: float) -> str:
-    return f" (on one of {count} branches)" if std and id(module) in scales else ""
+    return f" (on one of {count} residual branches)" if std and id(module) in scales else ""
 
 
 def _check_fixup(model: nn.Module, blocks: Sequence[Branch], free: dict[int, str]) -> None:
     if not blocks:
         raise UnsupportedModelError(
-            f"fixup found no residual branch in this {type(model).__name__}: no sum of a path with layers and a shorter "
-            "one from the same origin ran on the batch"
+            f"fixup found no residual branch in this {type(model).__name__}: on the batch there ran no sum of a path "
+            "with layers and a shorter one from the same origin"
         )
     for block in blocks:
         where = free.get(id(block.layers[0]), type(block.layers[0]).__name__)
@@ -216,8 +217,8 @@ def _check_fixup(model: nn.Module, blocks: Sequence[Branch], free: dict[int, str
             raise UnsupportedModelError(f"fixup cannot zero the branch of {where}: {block.obstacle}")
         if id(block.last) not in free:
             raise UnsupportedModelError(
-                f"fixup must set the last layer of the branch of {where} to 0, and that is frozen, tied or no Linear or "
-                "convolution"
+                f"fixup must set the last layer of the branch of {where} to 0, and that is frozen, tied or neither "
+                "Linear nor convolution"
             )
 
 
@@ -262,11 +263,11 @@ def _scale(
     with transaction() as snapshot:
         changes = [_wrap(model, snapshot, optimizers, target, 0.0) for target in targets]
         if batch is not None:
-            call_again(model, batch, compute_loss)
+            _run_again(model, batch, compute_loss)
         return finish(model, remedy, snapshot, optimizers, changes, skipped, names_before)
 
 
-def call_again(model: nn.Module, batch: Any, compute_loss: Callable[[Any, Any], Any] | None) -> None:
+def _run_again(model: nn.Module, batch: Any, compute_loss: Callable[[Any, Any], Any] | None) -> None:
     """Run the changed model once, so that code that cannot bear the change fails here and not in training."""
     trace(model, batch, compute_loss)
 
@@ -295,7 +296,7 @@ def _found(model: nn.Module, blocks: Sequence[Branch], skipped: dict[str, str]) 
         if block.obstacle is not None:
             skipped[name] = block.obstacle
         elif id(block.last) in inner:
-            skipped[name] = "torch's transformer layers read its weight directly in evaluation mode, past any scalar"
+            skipped[name] = "torch's transformer and attention modules read its weight directly, past any scalar"
         elif id(block.last) in scaled:
             skipped[name] = "it is scaled already"
         elif block.last is not None and not any(block.last is target for target in targets):

@@ -26,6 +26,7 @@ from gradguard.remedies.initialization._targets import (
     module_tensors,
     set_weight,
     zero_bias,
+    zeroed,
 )
 from gradguard.remedies.initialization._trace import trace
 
@@ -37,7 +38,7 @@ __all__ = ["Scheme", "drop_zero_branches", "initialize", "look_behind", "refuse_
 Scheme = Literal["he", "xavier", "lecun", "orthogonal", "delta-orthogonal"]
 
 
-def initialize(
+def initialize(  # noqa: PLR0913  # all are keywords with defaults
     model: nn.Module,
     scheme: Scheme = "he",
     *,
@@ -238,6 +239,4 @@ def _words(name: str, module: nn.Module, scheme: Scheme, gain: float, behind: Fo
         what = f"{kind} weight (gain {gain:.3g}{cause})"
     else:
         what = f"weight of std {_std(module, scheme, gain):.3g} (gain {gain:.3g}{cause})"
-    bias = module._parameters.get("bias")
-    zeroed = ", bias 0" if bias is not None and bias.requires_grad else ""
-    return f"{name or type(module).__name__}: {what}{zeroed}"
+    return f"{name or type(module).__name__}: {what}{zeroed(module)}"

@@ -31,6 +31,7 @@ __all__ = [
     "module_tensors",
     "set_weight",
     "zero_bias",
+    "zeroed",
 ]
 
 Generator: TypeAlias = torch.Generator | int | None
@@ -62,7 +63,7 @@ def check_arguments(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError(
-                f"{type(module).__name__} is a TorchScript module. Initialise the model before torch.jit.script or trace"
+                f"{type(module).__name__} is a TorchScript module. Initialise the model before it is scripted"
             )
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise UnsupportedModelError(
@@ -70,8 +71,8 @@ def check_arguments(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]
             )
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise UnsupportedModelError(
-                f"{name} holds a {type(module).__name__}, whose replicas would drift apart. Initialise the model before "
-                "it is wrapped; the wrapper then spreads the weights of rank 0"
+                f"{name} holds a {type(module).__name__}, whose replicas would drift apart. Initialise the model "
+                "before it is wrapped; the wrapper then spreads the weights of rank 0"
             )
     for key, tensor in tensor_names(model).items():
         if tensor.is_meta:
@@ -145,15 +146,19 @@ def expand(model: nn.Module, names: Iterable[str]) -> Iterator[int]:
 def _originals(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters from which a layer's weight is made: the weight itself, unless it is parametrized."""
     if parametrize.is_parametrized(module, "weight"):
-        return list(module.parametrizations["weight"].parameters())  # type: ignore[union-attr,operator,index]
+        return list(_parametrization(module).parameters())
     weight = module._parameters.get("weight")
     return [] if weight is None else [weight]
+
+
+def _parametrization(module: nn.Module) -> Any:
+    return module.parametrizations["weight"]  # type: ignore[index]  # a ModuleDict wherever is_parametrized says so
 
 
 def made_weight(module: nn.Module) -> Tensor:
     """Return a layer's weight as it is now, past any cache of parametrized weights."""
     if parametrize.is_parametrized(module, "weight"):
-        made = module.parametrizations["weight"]()  # type: ignore[union-attr,operator,index]
+        made = _parametrization(module)()
     else:
         made = module._parameters["weight"]
     assert isinstance(made, torch.Tensor)  # noqa: S101  # layers_of lets no other pass
@@ -175,7 +180,7 @@ def set_weight(module: nn.Module, value: Tensor) -> str | None:
         if not parametrize.is_parametrized(module, "weight"):
             module._parameters["weight"].copy_(value)  # type: ignore[union-attr]  # layers_of lets none pass
             return None
-        kinds = ", ".join(type(p).__name__.lstrip("_") for p in module.parametrizations["weight"])  # type: ignore[union-attr,operator,index]
+        kinds = ", ".join(type(p).__name__.lstrip("_") for p in _parametrization(module))
         before = Snapshot()
         before.keep(module_tensors(module))
         try:
@@ -196,6 +201,12 @@ def zero_bias(module: nn.Module) -> None:
     if bias is not None and bias.requires_grad:
         with torch.no_grad():
             bias.zero_()
+
+
+def zeroed(module: nn.Module) -> str:
+    """Return in words what :func:`zero_bias` does to a layer."""
+    bias = module._parameters.get("bias")
+    return ", bias 0" if bias is not None and bias.requires_grad else ""
 
 
 def generator_of(generator: Any) -> torch.Generator | None:

@@ -69,6 +69,7 @@ _SHAPES = frozenset(
     }
 )  # fmt: skip
 """Functions that move, drop or pool values and leave their scale about as it is."""
+_ATTENTION = frozenset({"multi_head_attention_forward"})
 _SUMS = frozenset({"add", "__add__", "__radd__", "__iadd__"})
 _LINEAR = frozenset(
     {
@@ -158,7 +159,7 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         given = floating_tensors((args, kwargs))
         module = next((self._weights[id(t)] for t in given if id(t) in self._weights), None)
-        linear = module is not None and name in _LINEAR and "norm" not in type(module).__name__.lower()
+        linear = module is not None and name in _LINEAR
         if linear and module is not None and self._on_layer is not None:
             result = self._on_layer(module, func, args, kwargs)
         else:
@@ -167,7 +168,7 @@ class _Recorder(TorchFunctionMode):
         if name == "__setitem__" and args:
             made = floating_tensors(args[0])
         if made and name != "__get__":
-            self._record(name, args, kwargs, given, made, module if linear or name in _NORMS else None)
+            self._record(name, args, kwargs, given, made, module if linear or name in _NORMS | _ATTENTION else None)
         return result
 
     def _record(
@@ -210,6 +211,10 @@ def _weights(model: nn.Module) -> dict[int, nn.Module]:
             weight = module.weight
             if isinstance(weight, torch.Tensor):
                 weights.setdefault(id(weight), module)
+        elif isinstance(module, nn.MultiheadAttention):
+            for key in ("in_proj_weight", "q_proj_weight"):
+                if module._parameters.get(key) is not None:
+                    weights.setdefault(id(module._parameters[key]), module)
     return weights
 
 
@@ -228,15 +233,18 @@ def _kind(name: str, module: nn.Module | None) -> str:
 def _activation(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> theory.Activation | None:
     if name not in _ACTIVATIONS:
         return None
-    named = dict(zip(_ACTIVATIONS[name], args[1:], strict=False)) | kwargs
+    named = {**dict(zip(_ACTIVATIONS[name], args[1:], strict=False)), **kwargs}
     values = {key: named[key] for key in _ACTIVATIONS[name] if key in named}
     if "weight" in values:
         values["weight"] = values["weight"].detach()
-    return theory.activation("logsigmoid" if name == "log_sigmoid" else name, **values)
+    try:
+        return theory.activation("logsigmoid" if name == "log_sigmoid" else name, **values)
+    except (TypeError, ValueError):  # PReLU with a NaN slope: the layer counts as one with no activation behind it
+        return None
 
 
 def call(model: nn.Module, batch: Any, compute_loss: Callable[[Any, Any], Any] | None) -> Any:
-    """Call the model on a batch: a mapping as keywords, a tuple or list as arguments, anything else as the one argument.
+    """Call the model on a batch: a mapping as keywords, a tuple or list as arguments, anything else as one argument.
 
     Raises:
         Exception: What the model raises, with a note on how it was called.
