@@ -157,10 +157,7 @@ def _parametrization(module: nn.Module) -> Any:
 
 def made_weight(module: nn.Module) -> Tensor:
     """Return a layer's weight as it is now, past any cache of parametrized weights."""
-    if parametrize.is_parametrized(module, "weight"):
-        made = _parametrization(module)()
-    else:
-        made = module._parameters["weight"]
+    made = _parametrization(module)() if parametrize.is_parametrized(module, "weight") else module._parameters["weight"]
     assert isinstance(made, torch.Tensor)  # noqa: S101  # layers_of lets no other pass
     return made.detach()
 
