@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from gradguard._arguments import check_model, check_optimizers, has_lazy_parameters
+from gradguard._untouched import untouched
 from gradguard.config import GuardConfig
 from gradguard.errors import GradGuardError, UnsupportedModelError
 from gradguard.findings import Diagnosis
@@ -89,7 +87,7 @@ def check(
             "check() needs gradients, and torch.inference_mode() rules them out; call it outside of it"
         )
     observing = Observing(model, optimizers, settings, on_failure=_raise, preflight=True)
-    with _untouched(model):
+    with untouched(model):
         try:
             observing.arm()
             with torch.enable_grad():
@@ -155,30 +153,3 @@ def _gradients(model: nn.Module, loss: Tensor) -> dict[int, Tensor]:
         raise
     pairs: Iterable[tuple[nn.Parameter, Tensor | None]] = zip(trainable, found, strict=True)
     return {id(p): g for p, g in pairs if g is not None}
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put back buffers, random states and modes as they were, also after an exception."""
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    modes = [(module, module.training) for module in model.modules()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  # the user's global state is meant
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002  # as above
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                if buffer is not None and before is not None and not torch.equal(buffer, before):
-                    buffer.copy_(before)
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
