@@ -8,6 +8,7 @@ imports neither torch nor Lightning.
 :func:`watch`               Watch a training loop; returns a :class:`Guard`.
 :func:`check`               Check a model before its first step; returns a :class:`Diagnosis`.
 :class:`GradGuardCallback`  Watch a Lightning run, for ``lightning.pytorch`` and ``pytorch_lightning``.
+:mod:`gradguard.clip`       Gradient clipping.
 :mod:`gradguard.testing`    Assertions for test suites.
 ==========================  =======================================================================================
 """
@@ -19,13 +20,14 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradguard import errors, findings, rules, testing, theory
+    from gradguard import clip, errors, findings, rules, testing, theory
     from gradguard.config import GuardConfig
     from gradguard.errors import (
         GradGuardError,
         GradGuardWarning,
         GradientsUnavailableError,
         MissingExtraError,
+        NonFiniteGradientsError,
         NothingObservedError,
         UnhealthyGradientsError,
         UnsupportedModelError,
@@ -50,6 +52,7 @@ __all__ = [
     "Guard",
     "GuardConfig",
     "MissingExtraError",
+    "NonFiniteGradientsError",
     "NothingObservedError",
     "Prescription",
     "Severity",
@@ -57,6 +60,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "check",
+    "clip",
     "errors",
     "findings",
     "rules",
@@ -65,7 +69,7 @@ __all__ = [
     "watch",
 ]
 
-_SUBMODULES = ("errors", "findings", "rules", "testing", "theory")
+_SUBMODULES = ("clip", "errors", "findings", "rules", "testing", "theory")
 _NAMES = {
     "gradguard.config": ("GuardConfig",),
     "gradguard.errors": (
@@ -73,6 +77,7 @@ _NAMES = {
         "GradGuardWarning",
         "GradientsUnavailableError",
         "MissingExtraError",
+        "NonFiniteGradientsError",
         "NothingObservedError",
         "UnhealthyGradientsError",
         "UnsupportedModelError",

@@ -1,0 +1,1 @@
+"""What acts on gradients, parameters or the model, on request only."""
