@@ -1,6 +1,6 @@
 """Gradient clipping: one interface for every method, in place, aware of AMP, of NaN and of sharded gradients.
 
-A clipper's ``step()`` goes between ``backward`` and ``optimizer.step()``, or ``attach(optimizer)`` lets it apply itself.
+A clipper's ``step()`` goes between ``backward`` and ``optimizer.step()``; ``attach(optimizer)`` lets it apply itself.
 
 =================  ===============================================================================================
 :class:`Adaptive`  The default: outliers of the run's own norms; no threshold to choose.
@@ -33,8 +33,10 @@ from __future__ import annotations
 
 from gradguard.remedies.clipping._base import Clipper
 from gradguard.remedies.clipping._result import ClipResult
-from gradguard.remedies.clipping.clippers import AGC, AdaGC, Adaptive, AutoClip, Norm, Value, ZClip
+from gradguard.remedies.clipping.fixed import Norm, Value
 from gradguard.remedies.clipping.functional import adaptive_clip_, clip_norm_, clip_value_
+from gradguard.remedies.clipping.history import Adaptive, AutoClip, ZClip
+from gradguard.remedies.clipping.pieces import AGC, AdaGC
 
 __all__ = [
     "AGC",

@@ -85,7 +85,7 @@ class ClipSuggestion:
         at = ", ".join(f"{percent} % {norm:.3g}" for percent, norm in self.percentiles.items())
         trend = "stationary" if self.stationary else "not stationary"
         lines = [
-            f"clip at a gradient norm of {self.threshold:.3g} ({self.recommendation} threshold), from {self.samples} norms",
+            f"clip at a norm of {self.threshold:.3g} ({self.recommendation} threshold), from {self.samples} norms",
             f"  percentiles  {at}",
             f"  trend        {trend}: a factor of {self.drift:.3g} over the run",
             "  would clip   " + "\n               ".join(_line(row) for row in self.shares),

@@ -290,8 +290,8 @@ class Clipper:
         where = _describe(found)
         if self._policy is NonFinite.RAISE:
             raise NonFiniteGradientsError(
-                f"{where}. No gradient was changed, and the optimizer has not stepped. Look at the batch and the loss of "
-                'this step, or pass non_finite="skip" to leave such steps out'
+                f"{where}. No gradient was changed, and the optimizer has not stepped. Look at this step's "
+                'batch and loss, or pass non_finite="skip" to leave such steps out'
             )
         for _, parameter in pairs:
             parameter.grad = None
@@ -330,8 +330,8 @@ class Clipper:
         return wrapped
 
 
-def _negated(finite: Tensor | bool) -> Tensor | bool:
-    return torch.logical_not(finite) if isinstance(finite, torch.Tensor) else not finite
+def _negated(flag: Tensor | bool) -> Tensor | bool:  # noqa: FBT001  # it is the operand
+    return torch.logical_not(flag) if isinstance(flag, torch.Tensor) else not flag
 
 
 def _describe(found: Measured) -> str:

@@ -14,7 +14,7 @@ from gradguard.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Gradient", "Parameters", "Shards", "Targets", "gather"]
+__all__ = ["Gradient", "Parameters", "Shards", "Targets", "gather", "local"]
 
 Parameters: TypeAlias = "nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]"
 """What a clipper may be given."""
@@ -92,13 +92,21 @@ def gather(pairs: Sequence[tuple[str, Tensor]]) -> list[Gradient]:
     return [_gradient(name, parameter, parameter.grad) for name, parameter in pairs if parameter.grad is not None]
 
 
+def local(tensor: Any) -> Tensor:
+    """Return what of a tensor lies on this rank: an alias, without a history."""
+    values: Tensor = tensor.detach()
+    if hasattr(values, "to_local"):
+        values = values.to_local()
+    return values
+
+
 def _gradient(name: str, parameter: Tensor, grad: Tensor) -> Gradient:
     shards, rows = None, None
     if hasattr(grad, "_local_tensor"):
         grad, shards = _resolve(parameter, grad)
     values = grad.detach()
     if shards is not None:
-        values = values.to_local()  # type: ignore[operator]  # a DTensor, whose class is not there in every build
+        values = local(values)
     if values.layout is torch.sparse_coo:
         if not values.is_coalesced():
             parameter.grad = values.coalesce()  # the same gradient; a row may stand twice in it before

@@ -19,27 +19,32 @@ __all__ = ["norm_after", "scale_tensors_", "to_norm_", "to_value_", "true_size"]
 _TINY = 1e-6
 """Added to a norm before dividing by it. Source: torch.nn.utils.clip_grad_norm_."""
 
+_ROUNDING = 1.0 + 1e-6
+"""Times the threshold a norm still counts as at it: what was clipped a moment ago lies there, give or take the rounding
+of its entries, and must not be scaled again. Ours."""
+
 
 def to_norm_(measured: Measured, max_norm: float) -> Clipped:
     """Scale all gradients by ``max_norm / (norm + 1e-6)`` where their norm is above ``max_norm``.
 
-    Gradients at or below it keep every bit, so that clipping twice is clipping once.
+    Gradients at the threshold (to a millionth) or below keep every bit, so that clipping twice is clipping once.
 
     Source: Pascanu, Mikolov, Bengio (2013), "On the difficulty of training recurrent neural networks", ICML,
     arXiv 1211.5063, algorithm 1. Above the threshold bit for bit that of ``torch.nn.utils.clip_grad_norm_``.
     """
     norm = measured.total
     if not isinstance(norm, torch.Tensor):
-        if not norm > max_norm:
+        if not norm > max_norm * _ROUNDING:
             return Clipped(norm, max_norm, engaged=False)
         single = measured.scale is None and measured.norms.total.dtype is torch.float32
         factor = _single_factor(norm, max_norm) if single else max_norm / (norm + _TINY)
         scale_(measured.gradients, factor)
-        return Clipped(norm * factor, max_norm, engaged=True)
-    engaged = (norm > max_norm) & measured.finite
+        return Clipped(min(norm * factor, max_norm), max_norm, engaged=True)
+    engaged = (norm > max_norm * _ROUNDING) & measured.finite
     factors = torch.where(engaged, max_norm / (norm + _TINY), 1.0)
     scale_(measured.gradients, factors)
-    return Clipped(norm * factors, max_norm, engaged)
+    left = norm * factors
+    return Clipped(torch.where(engaged, left.clamp(max=max_norm), left), max_norm, engaged)
 
 
 def to_value_(measured: Measured, clip_value: float) -> Clipped:
@@ -55,8 +60,11 @@ def to_value_(measured: Measured, clip_value: float) -> Clipped:
     peaks = over_ranks([_peak(g.values) for g in measured.gradients], [g.shards for g in measured.gradients], np.inf)
     engaged = torch.stack([peak.to(home, torch.float32) for peak in peaks]).max() > limit
     for gradient in measured.gradients:
-        bound = limit.to(gradient.values.device) if isinstance(limit, torch.Tensor) else limit
-        gradient.values.clamp_(-bound, bound)
+        if isinstance(limit, torch.Tensor):
+            bound = limit.to(gradient.values.device)
+            gradient.values.clamp_(-bound, bound)
+        else:
+            gradient.values.clamp_(-limit, limit)
     return Clipped(norm_after(measured), clip_value, engaged)
 
 

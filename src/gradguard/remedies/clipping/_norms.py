@@ -73,7 +73,8 @@ def total_norm(gradients: Sequence[Gradient], norm_type: float = 2.0, *, wide: b
 def combine(norms: Tensor, norm_type: float = 2.0) -> Tensor:
     """Return the norm of a vector of norms, scaled where it is float64 and might leave its range."""
     if norms.dtype is not torch.float64 or norm_type != 2.0:
-        return torch.linalg.vector_norm(norms, norm_type)
+        total: Tensor = torch.linalg.vector_norm(norms, norm_type)
+        return total
     return wide_norm(norms)
 
 
@@ -85,11 +86,13 @@ def wide_norm(values: Tensor) -> Tensor:
     if values.numel() == 0:
         return values.new_zeros((), dtype=_wide_type(values))
     if values.dtype is not torch.float64 and values.device.type != "mps":
-        return torch.linalg.vector_norm(values, dtype=torch.float64)
+        norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+        return norm
     values = values if values.dtype is torch.float64 else values.float()
     largest = torch.linalg.vector_norm(values, math.inf)
     unit = torch.where(torch.isfinite(largest) & (largest > 0), largest, torch.ones_like(largest))
-    return torch.linalg.vector_norm(values / unit) * unit
+    rest: Tensor = torch.linalg.vector_norm(values / unit)
+    return rest * unit
 
 
 def over_ranks(norms: list[Tensor], layouts: Sequence[Shards | None], norm_type: float = 2.0) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradguard.remedies.clipping._base import Clipped, Measured
-from gradguard.remedies.clipping._gradients import Gradient, Shards
+from gradguard.remedies.clipping._gradients import Gradient, Shards, local
 from gradguard.remedies.clipping._methods import norm_after
 from gradguard.remedies.clipping._norms import over_ranks
 
@@ -107,10 +107,8 @@ def _weight(gradient: Gradient) -> Tensor:
     return weight if gradient.rows is None or weight.ndim <= 1 else weight.index_select(0, gradient.rows)
 
 
-def _local(parameter: Any) -> Tensor:
-    values: Tensor = parameter.detach()
-    if hasattr(values, "to_local"):
-        values = values.to_local()
+def _local(parameter: Tensor) -> Tensor:
+    values = local(parameter)
     return torch.view_as_real(values) if values.is_complex() else values
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from gradguard.remedies.clipping._gradients import Parameters
 from gradguard.remedies.clipping._result import ClipResult
-from gradguard.remedies.clipping.clippers import AGC, Norm, Value
+from gradguard.remedies.clipping.fixed import Norm, Value
+from gradguard.remedies.clipping.pieces import AGC
 
 __all__ = ["adaptive_clip_", "clip_norm_", "clip_value_"]
 
