@@ -311,7 +311,7 @@ def warmed_zclip(weight: nn.Parameter) -> clip.ZClip:
     """Return a ZClip whose average is 1 and whose variance is 0.005, as after warming up on 1 +- 0.0707107."""
     clipper = clip.ZClip([weight], warmup_steps=2, max_norm=None)
     feed(clipper, weight, [1.0 - math.sqrt(0.005), 1.0 + math.sqrt(0.005)])
-    assert (clipper.mean, clipper.deviation) == (pytest.approx(1.0), pytest.approx(0.0707107, rel=1e-5))
+    assert [clipper.mean, clipper.deviation] == pytest.approx([1.0, 0.0707107], rel=1e-5)
     return clipper
 
 
