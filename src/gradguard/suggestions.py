@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gradguard.errors import NothingObservedError
+from gradguard.history import History
 
-__all__ = ["ClipSuggestion", "ShareClipped", "robust_threshold", "suggest_threshold"]
+__all__ = ["ClipSuggestion", "ShareClipped", "robust_threshold", "suggest_clip", "suggest_threshold"]
 
 _FEWEST = 20
 """Finite norms below which nothing is suggested. Ours, as in GG602: quartiles of fewer are noise."""
@@ -93,6 +94,26 @@ class ClipSuggestion:
             f"  use          {self.code}",
         ]
         return "\n".join(lines)
+
+
+def suggest_clip(history: History, *, optimizer: int = 0) -> ClipSuggestion:
+    """Suggest a threshold for clipping by the global norm from what was observed of a run.
+
+    Args:
+        history: Records of the run.
+        optimizer: Which of several optimizers, in the order in which they were given.
+
+    Raises:
+        NothingObservedError: If fewer than 20 finite norms of it were observed.
+    """
+    mine = [record for record in history.records if record.optimizer == optimizer]
+    before = [record for record in mine if record.scalars.get("read_before_clipping") == 1.0]
+    notes: tuple[str, ...] = ()
+    if mine and not before:
+        notes = ("read as the optimizer stepped: if you clip, call guard.record() before that, for the norms to go by",)
+    used = before or mine
+    norms = [record.scalars.get("grad_norm", math.nan) for record in used]
+    return suggest_threshold(norms, [float(record.step) for record in used], notes=notes)
 
 
 def robust_threshold(norms: ArrayLike) -> float:
