@@ -30,7 +30,7 @@ METHODS: dict[str, Callable[[nn.Module], clip.Clipper]] = {
     "Norm, 1": lambda model: clip.Norm(model, 1.0),
     "Norm, 0.01": lambda model: clip.Norm(model, 0.01),
     "Value, 0.1": lambda model: clip.Value(model, 0.1),
-    "AGC, 0.1": lambda model: clip.AGC(model, 0.1, exclude=["4.*"]),  # all but the last layer
+    "AGC": clip.AGC,
     "AutoClip": clip.AutoClip,
     "ZClip": clip.ZClip,
     "AdaGC": clip.AdaGC,
