@@ -28,6 +28,7 @@ TORCH_FREE = {
     "report",
     "rules",
     "runfile",
+    "suggestions",
     "theory",
 }
 

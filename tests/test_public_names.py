@@ -27,6 +27,7 @@ CONTRACT = {
     "Prescription",
     "Severity",
     "check",
+    "clip",
     "errors",
     "findings",
     "rules",

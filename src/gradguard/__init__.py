@@ -8,6 +8,7 @@ imports neither torch nor Lightning.
 :func:`watch`               Watch a training loop; returns a :class:`Guard`.
 :func:`check`               Check a model before its first step; returns a :class:`Diagnosis`.
 :class:`GradGuardCallback`  Watch a Lightning run, for ``lightning.pytorch`` and ``pytorch_lightning``.
+:mod:`gradguard.clip`       Gradient clipping.
 :mod:`gradguard.testing`    Assertions for test suites.
 ==========================  =======================================================================================
 """
@@ -19,13 +20,14 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradguard import errors, findings, rules, testing, theory
+    from gradguard import clip, errors, findings, rules, testing, theory
     from gradguard.config import GuardConfig
     from gradguard.errors import (
         GradGuardError,
         GradGuardWarning,
         GradientsUnavailableError,
         MissingExtraError,
+        NonFiniteGradientsError,
         NothingObservedError,
         UnhealthyGradientsError,
         UnsupportedModelError,
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
     from gradguard.findings import Cause, Diagnosis, Evidence, Finding, Prescription, Severity
     from gradguard.guard import Guard
     from gradguard.integrations.lightning import GradGuardCallback
+    from gradguard.outcomes import TrialResult
     from gradguard.preflight import check
+    from gradguard.remedies.applying import apply
+    from gradguard.trials import trial
     from gradguard.watching import watch
 
     __version__: str
@@ -50,22 +55,27 @@ __all__ = [
     "Guard",
     "GuardConfig",
     "MissingExtraError",
+    "NonFiniteGradientsError",
     "NothingObservedError",
     "Prescription",
     "Severity",
+    "TrialResult",
     "UnhealthyGradientsError",
     "UnsupportedModelError",
     "__version__",
+    "apply",
     "check",
+    "clip",
     "errors",
     "findings",
     "rules",
     "testing",
     "theory",
+    "trial",
     "watch",
 ]
 
-_SUBMODULES = ("errors", "findings", "rules", "testing", "theory")
+_SUBMODULES = ("clip", "errors", "findings", "rules", "testing", "theory")
 _NAMES = {
     "gradguard.config": ("GuardConfig",),
     "gradguard.errors": (
@@ -73,6 +83,7 @@ _NAMES = {
         "GradGuardWarning",
         "GradientsUnavailableError",
         "MissingExtraError",
+        "NonFiniteGradientsError",
         "NothingObservedError",
         "UnhealthyGradientsError",
         "UnsupportedModelError",
@@ -81,7 +92,10 @@ _NAMES = {
     "gradguard.guard": ("Guard",),
     "gradguard.watching": ("watch",),
     "gradguard.integrations.lightning": ("GradGuardCallback",),
+    "gradguard.outcomes": ("TrialResult",),
     "gradguard.preflight": ("check",),
+    "gradguard.remedies.applying": ("apply",),
+    "gradguard.trials": ("trial",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -9,14 +9,15 @@ __all__ = ["wrap_closure"]
 
 
 def wrap_closure(
-    args: tuple[Any, ...], kwargs: dict[str, Any], after_first: Callable[[], None]
+    args: tuple[Any, ...], kwargs: dict[str, Any], after: Callable[[], object], *, every: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Return the arguments of a step with its closure wrapped; ``None`` where it has none.
 
     Args:
         args: Positional arguments as an optimizer hook gets them: the optimizer comes first.
         kwargs: Keyword arguments.
-        after_first: Called after the closure's first evaluation in this step, and only then.
+        after: Called after the closure's first evaluation in this step, and only then.
+        every: Call it after each evaluation instead.
     """
     position = next((at for at, value in enumerate(args) if at > 0 and callable(value)), None)
     closure = kwargs.get("closure") if position is None else args[position]
@@ -27,9 +28,9 @@ def wrap_closure(
     def observed() -> Any:
         nonlocal evaluated
         result = closure()
-        if not evaluated:
+        if every or not evaluated:
             evaluated = True
-            after_first()
+            after()
         return result
 
     if position is None:

@@ -5,6 +5,7 @@ __all__ = [
     "GradGuardWarning",
     "GradientsUnavailableError",
     "MissingExtraError",
+    "NonFiniteGradientsError",
     "NothingObservedError",
     "UnhealthyGradientsError",
     "UnsupportedModelError",
@@ -29,6 +30,10 @@ class NothingObservedError(GradGuardError):
 
 class UnhealthyGradientsError(GradGuardError):
     """A finding at or above the requested severity stands and the caller asked for an exception."""
+
+
+class NonFiniteGradientsError(UnhealthyGradientsError):
+    """A clipper with ``non_finite="raise"`` met gradients that are NaN or infinite."""
 
 
 class MissingExtraError(GradGuardError, ImportError):

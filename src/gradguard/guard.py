@@ -19,6 +19,7 @@ from gradguard.errors import GradGuardWarning, UnsupportedModelError
 from gradguard.findings import Diagnosis, Finding
 from gradguard.monitors._hooks import HookSet, StepHook
 from gradguard.observing import Observing
+from gradguard.suggestions import ClipSuggestion, suggest_clip
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -219,6 +220,23 @@ class Guard:
         if is_main_process():
             print_report(diagnosis, console, show_all=show_all)
         return diagnosis
+
+    def suggest_clip(self, *, optimizer: int = 0) -> ClipSuggestion:
+        """Suggest a threshold for clipping by norm from the norms observed so far; ``print`` it or read its fields.
+
+        Raises:
+            NothingObservedError: If fewer than 20 finite norms of this optimizer were observed.
+        """
+        return suggest_clip(self.history, optimizer=optimizer)
+
+    @property
+    def clip_norm(self) -> float:
+        """Norm above which you clip, as far as you say so (GG601 needs it); NaN where it is not known."""
+        return self._observing.clip_norm
+
+    @clip_norm.setter
+    def clip_norm(self, norm: float) -> None:
+        self._observing.clip_norm = float(norm)
 
     def detach(self) -> None:
         """Remove every hook. What was observed stays readable; calling twice is harmless."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
-from gradguard.findings import Cause, Diagnosis, Finding, Prescription
+from gradguard.findings import Cause, Diagnosis, Finding, Prescription, Severity
 
-__all__ = ["prescribe", "prescriptions_for"]
+__all__ = ["plain_prescription", "prescribe", "prescriptions_for", "with_factor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,6 +374,34 @@ def prescriptions_for(finding: Finding) -> tuple[Prescription, ...]:
     if not finding.standing or finding.consequence_of is not None:
         return ()
     return tuple(_fill(name, finding) for name in _names(finding))
+
+
+def plain_prescription(name: str) -> Prescription:
+    """Return a cure by name, without a finding that asks for it.
+
+    Args:
+        name: Name of the remedy, for instance ``"layer-norm"``.
+
+    Raises:
+        ValueError: If there is no such remedy.
+    """
+    if name not in _REMEDIES:
+        near = get_close_matches(name, _REMEDIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no remedy {name!r}{hint} Known: {', '.join(sorted(_REMEDIES))}")
+    nothing = Finding(code="", name="", family="", severity=Severity.INFO, message="", step=0, last_step=0)
+    return _fill(name, nothing)
+
+
+def with_factor(prescription: Prescription, factor: float) -> Prescription:
+    """Return a prescription of another learning rate with another factor, in its arguments and in its code.
+
+    Args:
+        prescription: ``"lower-learning-rate"`` or ``"higher-learning-rate"``.
+        factor: Above 0.
+    """
+    code = _REMEDIES[prescription.remedy].code.format(factor=f"{factor:.2g}")
+    return replace(prescription, arguments={**prescription.arguments, "factor": factor}, code=code)
 
 
 def _names(finding: Finding) -> tuple[str, ...]:

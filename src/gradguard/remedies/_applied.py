@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -14,9 +14,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["Applied", "Snapshot", "tensor_names", "transaction"]
+__all__ = ["Applied", "Restorable", "Snapshot", "tensor_names", "transaction"]
 
 _NOTHING: Mapping[str, str] = {}
+
+
+class Restorable(Protocol):
+    """What can put back what was changed."""
+
+    def restore(self) -> None:
+        """Put everything back; once done there is nothing left to put back."""
+        ...
 
 
 class Snapshot:
@@ -135,7 +143,7 @@ class Applied:
     changed: tuple[str, ...]
     skipped: Mapping[str, str] = field(default_factory=lambda: dict(_NOTHING))
     names: Mapping[str, str] = field(default_factory=lambda: dict(_NOTHING))
-    _snapshot: Snapshot = field(default_factory=Snapshot, repr=False, compare=False)
+    _snapshot: Restorable = field(default_factory=Snapshot, repr=False, compare=False)
 
     def undo(self) -> nn.Module:
         """Put back, bit for bit, what the remedy changed: values, modules, and the optimizer's state for them.

@@ -1,0 +1,369 @@
+"""The contest of a trial: who enters, who is dropped, who wins."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradguard._plan import Plan
+from gradguard._race import Lane, Race, check_memory, checked_optimizer, copy_of, paired_gain
+from gradguard.errors import GradGuardError
+from gradguard.findings import Effect, Prescription, Severity
+from gradguard.outcomes import TrialRun
+from gradguard.preflight import check
+from gradguard.prescriptions import with_factor
+from gradguard.remedies.catalogue import Remedy, Target
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["Contest", "Entrant"]
+
+_NEAR_BEST = 0.95
+"""Share of the best gain from which a less invasive cure is preferred. Source: ours, algorithms.md, section K: within
+5 % of the best, the least invasive."""
+
+_NOTICEABLE = 0.02
+"""Share of the untreated loss by which a cure must lower it. Ours: copies that differ by their random numbers alone end
+within 1 %."""
+
+_SURE = 2.0
+"""Standard errors by which it must. Ours: one in twenty by chance."""
+
+_OUTLOOK = 2.0
+"""Halves of the steps so far by which a fall is projected. Ours."""
+
+_RATE_STEPS = 6
+"""Steps for which a learning rate is tried in the search by decades. Ours: a rate that is too high shows in three."""
+
+_RATE_DECADES = 8
+"""Decades searched at most. Ours: a rate of 1e-8 that should be 1 is the worst of the clinic."""
+
+_SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
+"""Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
+
+_FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError)
+"""How a remedy or a copy may fail; what else is raised is the user's to see."""
+
+
+@dataclass(slots=True, eq=False)
+class Entrant:
+    """A candidate and what became of it.
+
+    Attributes:
+        prescription: What is tried; its arguments may be refined.
+        remedy: What applies it.
+        lanes: Its copies, one per seed.
+        out: Why it is no longer in the race; empty while it is.
+        healthy: Whether a check of the trained copy found the illness gone.
+    """
+
+    prescription: Prescription
+    remedy: Remedy
+    lanes: list[Lane] = field(default_factory=list)
+    out: str = ""
+    outcome: str = ""
+    healthy: bool | None = None
+
+    @property
+    def result(self) -> float:
+        """Mean result over the seeds."""
+        return math.inf if not self.lanes else sum(lane.result for lane in self.lanes) / len(self.lanes)
+
+
+def _projected(lane: Lane, rung: int) -> float:
+    """Return where a loss would be after as many steps again, and twice as many."""
+    early, late = lane.halves(rung)
+    return late - _OUTLOOK * (early - late)
+
+
+class _Stop(Exception):  # noqa: N818  # not an error: time is up
+    """Time is up."""
+
+
+class Contest:
+    """Runs candidates against an untreated copy."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        race: Race,
+        make_optimizer: Callable[[Any], Optimizer],
+        *,
+        plan: Plan,
+        illness: str = "",
+        deadline: float = math.inf,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """Prepare; nothing is copied before :meth:`run`."""
+        self._model = model
+        self._race = race
+        self._make_optimizer = make_optimizer
+        self._batch = race.batch
+        self._compute_loss = race.compute_loss
+        self._plan = plan
+        self._illness = illness
+        self._deadline = deadline
+        self._progress = progress
+        self._control: list[Lane] = []
+        self._entrants: list[Entrant] = []
+        self.interrupted = False
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps taken on copies so far."""
+        return self._race.steps_taken
+
+    def run(self, entrants: list[Entrant]) -> None:
+        """Run the race to its end, to the deadline or to an interrupt; what is known by then is kept."""
+        self._entrants = entrants
+        check_memory(self._model, copies=len(entrants) + 1)
+        try:
+            self._run()
+        except (KeyboardInterrupt, _Stop):
+            self.interrupted = True
+
+    def _run(self) -> None:
+        self._control = [self._untreated(0)]
+        first = self._control[0]
+        self._advance(first, 1)
+        self._race.set_limit(first)
+        self._advance(first, self._plan.length)
+        for entrant in self._entrants:
+            self._enter(entrant)
+        self._screen()
+        for rung, keep in zip(self._plan.rungs, (*self._plan.keep, len(self._entrants)), strict=True):
+            for entrant in self._running():
+                self._advance(entrant.lanes[0], rung)
+                if entrant.lanes[0].fault:
+                    self._drop(entrant, "diverged", entrant.lanes[0].fault)
+            self._thin(rung, keep)
+        for seed in range(1, self._plan.seeds):
+            self._repeat(seed)
+        self._look_at_health()
+
+    def _thin(self, rung: int, keep: int) -> None:
+        """Keep the most promising; from the second rung on also drop whoever does as if nothing had been done.
+
+        A new initialization begins at a higher loss than an old one that stands still, so what counts early is where
+        the fall leads, not how far it has come.
+        """
+        if rung == self._plan.length:
+            return
+        running = sorted(self._running(), key=lambda item: (self._idles(item, rung), _projected(item.lanes[0], rung)))
+        for entrant in running[keep:]:
+            self._drop(entrant, "dropped", f"behind the others after {rung} steps")
+        rest = self._running()
+        idle = [entrant for entrant in rest if self._idles(entrant, rung)]
+        if rung != self._plan.rungs[0] and len(idle) < len(rest):
+            for entrant in idle:
+                self._drop(entrant, "dropped", f"no better than nothing after {rung} steps")
+
+    def _idles(self, entrant: Entrant, rung: int) -> bool:
+        """Whether a copy neither stands better nor falls faster than the untreated one."""
+        control = self._control[0]
+        if control.fault:
+            return False
+        early, late = entrant.lanes[0].halves(rung)
+        before, after = control.halves(rung)
+        tolerance = 0.5 * _NOTICEABLE * abs(after)
+        return late > after - tolerance and early - late < max(0.0, before - after) + tolerance
+
+    def _running(self) -> list[Entrant]:
+        return [entrant for entrant in self._entrants if not entrant.out and entrant.lanes]
+
+    def _drop(self, entrant: Entrant, outcome: str, why: str) -> None:
+        entrant.outcome, entrant.out = outcome, why or outcome
+        self._say(f"{entrant.prescription.remedy}: {outcome}, {why}")
+
+    def _say(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress(line)
+
+    def _advance(self, lane: Lane, until: int) -> None:
+        while len(lane.losses) < until and not lane.fault:
+            if time.perf_counter() > self._deadline:
+                raise _Stop
+            self._race.advance(lane, min(until, len(lane.losses) + 4))
+
+    def _untreated(self, seed: int) -> Lane:
+        twin = copy_of(self._model)
+        return Lane("", seed, twin, checked_optimizer(self._make_optimizer(twin), twin))
+
+    def _treated(self, entrant: Entrant, seed: int) -> Lane:
+        """Return a copy with the remedy applied, under random numbers of its seed."""
+        twin = copy_of(self._model)
+        arguments = entrant.prescription.arguments
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(104729 + seed)
+            if entrant.remedy.acts_on == "model":
+                target = Target(twin, None, self._batch, self._compute_loss, arguments)
+                twin = entrant.remedy.run(target).model
+                optimizer = checked_optimizer(self._make_optimizer(twin), twin)
+            else:
+                optimizer = checked_optimizer(self._make_optimizer(twin), twin)
+                entrant.remedy.run(Target(twin, optimizer, self._batch, self._compute_loss, arguments))
+        return Lane(entrant.prescription.remedy, seed, twin, optimizer)
+
+    def _enter(self, entrant: Entrant) -> None:
+        try:
+            if entrant.remedy.searched:
+                self._search_rate(entrant)
+            entrant.lanes = [self._treated(entrant, 0)]
+        except _FAILURES as error:
+            self._drop(entrant, "not possible", str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+    def _search_rate(self, entrant: Entrant) -> None:
+        """Find the factor by decades, then between them, each tried for a few steps on a copy."""
+        up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0
+        results: dict[float, float] = {}
+
+        def attempt(factor: float) -> float:
+            entrant.prescription = with_factor(entrant.prescription, factor)
+            lane = self._treated(entrant, 0)
+            self._advance(lane, _RATE_STEPS)
+            results[factor] = math.inf if lane.fault else lane.losses[-1]
+            return results[factor]
+
+        worse = 0
+        for decade in range(1, _RATE_DECADES + 1):
+            best = min(results.values(), default=math.inf)
+            worse = 0 if attempt(10.0 ** (decade if up else -decade)) < best else worse + 1
+            if worse == 2:
+                break
+        best_factor = min(results, key=lambda factor: results[factor])
+        for factor in (best_factor / math.sqrt(10.0), best_factor * math.sqrt(10.0)):
+            attempt(factor)
+        best_factor = min(results, key=lambda factor: results[factor])
+        entrant.prescription = with_factor(entrant.prescription, best_factor)
+
+    def _screen(self) -> None:
+        """Drop cures that leave before the first step what a check sees in the untreated model."""
+        if self._illness not in _SCREENED or self._illness not in self._found(copy_of(self._model)):
+            return
+        hopeless = [
+            entrant
+            for entrant in self._running()
+            if entrant.remedy.acts_on == "model" and self._illness in self._found(entrant.lanes[0].model)
+        ]
+        if len(hopeless) == len(self._running()):
+            return
+        for entrant in hopeless:
+            self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness}")
+
+    def _found(self, model: nn.Module) -> set[str]:
+        try:
+            diagnosis = check(model, self._batch, self._compute_loss)
+        except _FAILURES:
+            return set()
+        return {item.code for item in diagnosis.findings if item.standing and item.severity >= Severity.WARNING}
+
+    def _repeat(self, seed: int) -> None:
+        """Run the untreated copy and the finalists again under another seed."""
+        control = self._untreated(seed)
+        self._advance(control, self._plan.length)
+        lanes: list[tuple[Entrant, Lane]] = []
+        for entrant in self._running():
+            lane = self._treated(entrant, seed)
+            self._advance(lane, self._plan.length)
+            lanes.append((entrant, lane))
+        self._control.append(control)
+        for entrant, lane in lanes:
+            entrant.lanes.append(lane)
+            if lane.fault:
+                self._drop(entrant, "diverged", f"under another seed: {lane.fault}")
+
+    def _look_at_health(self) -> None:
+        if not self._illness:
+            return
+        for entrant in self._running():
+            entrant.healthy = self._illness not in self._found(entrant.lanes[0].model)
+
+    def _gain(self, entrant: Entrant) -> tuple[float, float]:
+        seeds = min(len(entrant.lanes), len(self._control))
+        return paired_gain(self._control[:seeds], entrant.lanes[:seeds])
+
+    def _finished(self) -> list[Entrant]:
+        """Return who ran as far as the untreated copy, best first; after an interrupt, whoever ran furthest."""
+        alive = self._running()
+        furthest = max((len(entrant.lanes[0].losses) for entrant in alive), default=0)
+        return sorted(
+            (entrant for entrant in alive if 0 < furthest == len(entrant.lanes[0].losses)),
+            key=lambda entrant: entrant.result,
+        )
+
+    def _helps(self, entrant: Entrant) -> bool:
+        gain, error = self._gain(entrant)
+        untreated = self._control_loss()
+        return gain > _SURE * error and (not math.isfinite(untreated) or gain > _NOTICEABLE * abs(untreated))
+
+    def _control_loss(self) -> float:
+        return sum(lane.result for lane in self._control) / len(self._control) if self._control else math.nan
+
+    def _measured(self, entrant: Entrant) -> Prescription:
+        effect = Effect(loss_before=self._control_loss(), loss_after=entrant.result, steps=len(entrant.lanes[0].losses))
+        return replace(entrant.prescription, effect=effect)
+
+    def _winner(self) -> Entrant | None:
+        helpful = [entrant for entrant in self._finished() if self._helps(entrant)]
+        if not helpful:
+            return None
+        most = max(self._gain(entrant)[0] for entrant in helpful)
+        near = [entrant for entrant in helpful if self._gain(entrant)[0] >= _NEAR_BEST * most or math.isinf(most)]
+        return min(near, key=lambda entrant: (entrant.remedy.level, entrant.result))
+
+    def best(self) -> Prescription | None:
+        """Return what to recommend, with its effect; ``None`` where nothing helps by more than chance."""
+        winner = self._winner()
+        return None if winner is None else self._measured(winner)
+
+    def ranking(self) -> tuple[Prescription, ...]:
+        """Return who ran to the end, the recommended one first, then by result."""
+        winner = self._winner()
+        others = [entrant for entrant in self._finished() if entrant is not winner]
+        return tuple(self._measured(entrant) for entrant in ([winner] if winner is not None else []) + others)
+
+    def control_run(self) -> TrialRun:
+        """Return what became of the untreated copy."""
+        lane = self._control[0] if self._control else None
+        return TrialRun(
+            remedy="",
+            loss=self._control_loss(),
+            steps=len(lane.losses) if lane is not None else 0,
+            seeds=len(self._control),
+            outcome="untreated",
+            why=lane.fault if lane is not None else "",
+        )
+
+    def runs(self) -> Iterator[TrialRun]:
+        """Yield what became of every candidate: by rank, then those dropped, then those that were not possible."""
+        winner = self._winner()
+        finished = self._finished()
+        ranked = ([winner] if winner is not None else []) + [e for e in finished if e is not winner]
+        rest = [entrant for entrant in self._entrants if entrant not in ranked]
+        rest.sort(key=lambda entrant: entrant.outcome == "not possible")
+        for entrant in (*ranked, *rest):
+            yield TrialRun(
+                remedy=entrant.prescription.remedy,
+                loss=entrant.result,
+                steps=len(entrant.lanes[0].losses) if entrant.lanes else 0,
+                seeds=len(entrant.lanes),
+                outcome="best" if entrant is winner else entrant.outcome or self._outcome(entrant),
+                why=entrant.out,
+                level=entrant.remedy.level,
+                healthy=entrant.healthy,
+            )
+
+    def _outcome(self, entrant: Entrant) -> str:
+        if not entrant.lanes or not entrant.lanes[0].losses or entrant not in self._finished():
+            return "dropped"
+        if self._helps(entrant):
+            return "helps"
+        gain, error = self._gain(entrant)
+        return "worse" if gain < -_SURE * error and gain < -_NOTICEABLE * abs(self._control_loss()) else "no effect"

@@ -1,0 +1,272 @@
+"""Training copies of a model side by side: same batches, same random numbers, the hopeless ones dropped early."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradguard.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+__all__ = [
+    "LAST",
+    "Batches",
+    "Lane",
+    "Race",
+    "check_memory",
+    "checked_optimizer",
+    "copy_of",
+    "loss_of",
+    "paired_gain",
+]
+
+LAST = 8
+"""Losses at the end of a trial whose mean is its result. Source: ours, algorithms.md, section K."""
+
+_BLOWN_UP = 100.0
+"""Times the first loss of the untreated copy above which a copy has diverged, even where it is finite. Ours."""
+
+
+class Batches:
+    """The first batches of an iterable, kept so that every copy gets the same; begins anew when they run out."""
+
+    def __init__(self, source: Any, count: int) -> None:
+        """Take up to ``count`` batches.
+
+        Args:
+            source: Any iterable of batches; a DataLoader is iterated once.
+            count: Batches to keep, at least 1.
+
+        Raises:
+            TypeError: If it cannot be iterated.
+            ValueError: If it is empty.
+        """
+        if isinstance(source, (str, bytes, dict, torch.Tensor)) or not hasattr(source, "__iter__"):
+            raise TypeError(
+                f"batches must be an iterable of batches, for instance a DataLoader or a list, got "
+                f"{type(source).__name__}; for one batch pass [batch]"
+            )
+        self._kept: list[Any] = []
+        for batch in source:
+            self._kept.append(batch)
+            if len(self._kept) >= count:
+                break
+        if not self._kept:
+            raise ValueError("batches is empty: a trial needs at least one batch to train on")
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def at(self, step: int, seed: int) -> Any:
+        """Return the batch of a step; each seed begins elsewhere."""
+        return self._kept[(step + seed * max(1, len(self._kept) // 2)) % len(self._kept)]
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One copy in training.
+
+    Attributes:
+        name: What is tried on it; empty for the untreated copy.
+        seed: Which seed it runs under, from 0.
+        model: The copy.
+        optimizer: Its optimizer.
+        losses: Loss of each step so far.
+        fault: Why it was stopped; empty while it runs.
+    """
+
+    name: str
+    seed: int
+    model: nn.Module
+    optimizer: Optimizer
+    losses: list[float] = field(default_factory=list)
+    fault: str = ""
+
+    def halves(self, until: int) -> tuple[float, float]:
+        """Return the mean loss of the first and of the second half of the steps up to one."""
+        losses = self.losses[:until]
+        middle = max(1, len(losses) // 2)
+        return float(np.mean(losses[:middle])), float(np.mean(losses[middle:] or losses))
+
+    @property
+    def result(self) -> float:
+        """Mean of the last losses, inf where the copy has failed or has not begun."""
+        if self.fault or not self.losses:
+            return math.inf
+        return float(np.mean(self.losses[-LAST:]))
+
+
+class Race:
+    """Trains lanes by the step, each under its own random numbers; the caller's are left as they are."""
+
+    def __init__(self, batches: Batches, compute_loss: Callable[[Any, Any], Any], *, base_seed: int) -> None:
+        """Prepare to train.
+
+        Args:
+            batches: What to train on.
+            compute_loss: Called as ``compute_loss(model, batch)``; returns a scalar loss or a mapping with ``"loss"``.
+            base_seed: From which the random numbers of each step are derived.
+        """
+        self._batches = batches
+        self.compute_loss = compute_loss
+        self._base_seed = base_seed
+        self.steps_taken = 0
+        self.limit = math.inf
+
+    @property
+    def batch(self) -> Any:
+        """The first batch, for remedies and checks that run the model once."""
+        return self._batches.at(0, 0)
+
+    def set_limit(self, untreated: Lane) -> None:
+        """Derive from the untreated copy's first loss where divergence begins."""
+        first = abs(untreated.losses[0]) if untreated.losses else math.nan
+        self.limit = _BLOWN_UP * max(first, 1e-6) if math.isfinite(first) else math.inf
+
+    def advance(self, lane: Lane, until: int) -> None:
+        """Train one lane up to a step; a fault of the copy stops it and nothing else."""
+        while len(lane.losses) < until and not lane.fault:
+            step = len(lane.losses)
+            try:
+                value = self._take_step(lane, step)
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                lane.fault = f"{type(error).__name__}: {error}"
+                return
+            self.steps_taken += 1
+            lane.losses.append(value)
+            if not math.isfinite(value) or abs(value) > self.limit:
+                lane.fault = "diverged"
+
+    def _take_step(self, lane: Lane, step: int) -> float:
+        batch = self._batches.at(step, lane.seed)
+        devices = sorted({p.device.index or 0 for p in lane.model.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            torch.manual_seed(self._base_seed + 7919 * lane.seed + step)
+            lane.optimizer.zero_grad()
+            loss = loss_of(self.compute_loss(lane.model, batch))
+            loss.backward()
+            lane.optimizer.step()
+        return float(loss.detach())
+
+
+def loss_of(found: Any) -> Tensor:
+    """Return the scalar loss out of what ``compute_loss`` gave.
+
+    Raises:
+        TypeError: If it is no tensor that depends on the model.
+        ValueError: If it is no scalar.
+    """
+    loss = found["loss"] if isinstance(found, dict) and "loss" in found else found
+    if not isinstance(loss, torch.Tensor):
+        kind = type(loss).__name__
+        raise TypeError(f"compute_loss must return a scalar tensor, or a mapping with 'loss', got {kind}")
+    if loss.numel() != 1:
+        raise ValueError(f"compute_loss must return a scalar, got a tensor of shape {tuple(loss.shape)}")
+    return loss
+
+
+def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[float, float]:
+    """Return by how much treated copies end below the untreated ones, step by step, and the error of that mean.
+
+    An untreated copy that has diverged counts as its last finite losses, none as infinite gain.
+
+    Args:
+        untreated: One lane per seed.
+        treated: One lane per seed, in the same order.
+    """
+    differences: list[float] = []
+    for control, lane in zip(untreated, treated, strict=True):
+        if lane.fault:
+            return -math.inf, 0.0
+        mine = lane.losses[-LAST:]
+        others = [loss for loss in control.losses if math.isfinite(loss)][-len(mine) :]
+        if control.fault:
+            others = [max(others, default=math.inf)] * len(mine)
+        differences.extend(other - own for other, own in zip(others, mine, strict=False))
+    if not differences:
+        return -math.inf, 0.0
+    values = np.array(differences)
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Return an independent copy, without gradients; in training mode, unless parts of it are set otherwise.
+
+    Raises:
+        UnsupportedModelError: If it is compiled, scripted, or refuses to be copied.
+    """
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        kind = "scripted" if isinstance(model, torch.jit.ScriptModule) else "compiled"
+        raise UnsupportedModelError(f"the model is {kind}: pass the module that it was made from")
+    try:
+        twin = copy.deepcopy(model)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied ({error}); a trial trains copies. Pass a fresh model, before its "
+            "first forward pass"
+        ) from error
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin if twin.training else twin.train()
+
+
+def checked_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
+    """Return an optimizer that trains a copy.
+
+    Raises:
+        TypeError: If ``make_optimizer`` gave something else.
+        UnsupportedModelError: If the optimizer holds none of the copy's parameters.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"make_optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    mine = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+        raise UnsupportedModelError(
+            "the optimizer that make_optimizer returned holds no parameter of the copy it was given: "
+            "use its argument, for instance lambda model: torch.optim.Adam(model.parameters())"
+        )
+    return optimizer
+
+
+def check_memory(model: nn.Module, copies: int) -> None:
+    """Refuse a trial whose copies would not fit beside what is in memory now.
+
+    A copy is counted with its gradient and two numbers of optimizer state per weight; activations are not known.
+
+    Args:
+        model: What is copied.
+        copies: How many copies are alive at once.
+
+    Raises:
+        UnsupportedModelError: If they need more than four fifths of the free memory of their device.
+    """
+    sizes: dict[torch.device, int] = {}
+    for parameter in model.parameters():
+        sizes[parameter.device] = sizes.get(parameter.device, 0) + 4 * parameter.numel() * parameter.element_size()
+    for device, size in sizes.items():
+        free = _free_memory(device)
+        if copies * size > 0.8 * free:
+            raise UnsupportedModelError(
+                f"a trial keeps {copies} copies of this model on {device}, with gradients and optimizer state "
+                f"{copies * size / 2**30:.2g} GiB, and {free / 2**30:.2g} GiB are free: try fewer at once, for "
+                'instance candidates=["layer-norm"]'
+            )
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return math.inf

@@ -1,0 +1,76 @@
+"""Applying a prescription to the user's own model: in place where it can be, and undone where it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradguard._arguments import check_model
+from gradguard.errors import UnsupportedModelError
+from gradguard.findings import Prescription
+from gradguard.remedies import catalogue
+from gradguard.remedies._applied import Applied
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["apply"]
+
+
+def apply(
+    prescription: Prescription | str,
+    model: nn.Module,
+    *,
+    optimizer: Optimizer | None = None,
+    batch: Any = None,
+    compute_loss: Callable[[Any, Any], Any] | None = None,
+) -> Applied:
+    """Apply a cure to a model, in place.
+
+    Cures of the model carry the optimizer over: what was replaced leaves its groups, what is new joins them, and the
+    state of what has changed begins anew. Cures of the learning rate and of clipping act through the optimizer: a
+    clipper applies itself before each step until ``undo()``. If the operation fails, model and optimizer are as before.
+
+    Args:
+        prescription: What to apply, for instance ``result.best`` of a trial, or the name of a remedy.
+        model: The model to change.
+        optimizer: Its optimizer. Required by cures that act through it; pass it with every other as well.
+        batch: A batch; initializations and surgery that trace the model run it once.
+        compute_loss: How to call the model with a batch; by default ``model(batch)``, or ``model(*batch)``'s first.
+
+    Returns:
+        What was done, in words, with ``model``, ``undo()`` and the map of parameter names.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the remedy is unknown, is advice that only the user can follow, or lacks an argument.
+        UnsupportedModelError: If the model cannot be changed so; the message says what stands in the way.
+
+    Example:
+        >>> import torch, gradguard
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> applied = gradguard.apply("he-initialization", model)
+        >>> print(applied.changes[0])
+        weight of 0: ...
+        >>> _ = applied.undo()
+    """
+    name = prescription.remedy if isinstance(prescription, Prescription) else prescription
+    if not isinstance(name, str):
+        raise TypeError(f"prescription must be a Prescription or the name of a remedy, got {type(name).__name__}")
+    remedy = catalogue.find(name)
+    if remedy is None:
+        known = ", ".join(sorted(catalogue.names()))
+        raise ValueError(
+            f"{name!r} cannot be applied by the library: it is advice for you to follow, or unknown. Can be: {known}"
+        )
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    check_model(model, () if optimizer is None else (optimizer,))
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        kind = "scripted" if isinstance(model, torch.jit.ScriptModule) else "compiled"
+        raise UnsupportedModelError(f"the model is {kind}: apply the cure to the module that it was made from")
+    arguments = prescription.arguments if isinstance(prescription, Prescription) else {}
+    return remedy.run(catalogue.Target(model, optimizer, batch, compute_loss, arguments))

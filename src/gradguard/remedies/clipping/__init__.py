@@ -1,0 +1,1 @@
+"""Gradient clipping; the public names are in :mod:`gradguard.clip`."""

@@ -1,0 +1,119 @@
+"""Remedies that act through the optimizer: its rate, its constants, a clipper that applies itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradguard.remedies._applied import Applied
+from gradguard.remedies.clipping.fixed import Norm
+from gradguard.remedies.clipping.history import Adaptive
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["attach_clipper", "scale_learning_rate", "set_option"]
+
+
+@dataclass(slots=True, eq=False)
+class _Undo:
+    """What to call to put things back, newest last."""
+
+    actions: list[Callable[[], Any]] = field(default_factory=list)
+
+    def restore(self) -> None:
+        """Put everything back; once done there is nothing left to put back."""
+        while self.actions:
+            self.actions.pop()()
+
+
+def scale_learning_rate(model: nn.Module, optimizer: Optimizer, *, factor: float) -> Applied:
+    """Multiply the learning rate of every group.
+
+    A learning-rate scheduler that is already running sets the rate anew from its own base: give it a new base, or make
+    it after this call. ``initial_lr``, from which schedulers begin, is multiplied as well.
+
+    Args:
+        model: The model that it trains.
+        optimizer: Whose rates to change.
+        factor: Above 0; below 1 lowers them.
+
+    Raises:
+        ValueError: If the factor is not above 0.
+
+    Source: the factor is the caller's; :func:`gradguard.trial` searches it by decades.
+    """
+    if not factor > 0.0:
+        raise ValueError(f"factor must be above 0, got {factor!r}")
+    undo, changes = _Undo(), []
+    for index, group in enumerate(optimizer.param_groups):
+        for name in ("lr", "initial_lr"):
+            if name not in group:
+                continue
+            before = group[name]
+            group[name] = before * factor
+            undo.actions.append(partial(group.__setitem__, name, before))
+            if name == "lr":
+                changes.append(f"group {index}: learning rate {float(before):.3g} > {float(before) * factor:.3g}")
+    return Applied(
+        model=model,
+        remedy="lower-learning-rate" if factor < 1.0 else "higher-learning-rate",
+        changes=tuple(changes),
+        changed=(),
+        _snapshot=undo,
+    )
+
+
+def set_option(model: nn.Module, optimizer: Optimizer, *, remedy: str, option: str, value: Any) -> Applied:
+    """Set an option of every group that has it.
+
+    Args:
+        model: The model that it trains.
+        optimizer: Whose option to change.
+        remedy: What to call the change.
+        option: Name in the parameter groups, for instance ``"eps"``.
+        value: The new value, or a function of the old one.
+
+    Raises:
+        ValueError: If no group has the option.
+    """
+    undo, changes = _Undo(), []
+    for index, group in enumerate(optimizer.param_groups):
+        if option not in group:
+            continue
+        before = group[option]
+        group[option] = value(before) if callable(value) else value
+        undo.actions.append(partial(group.__setitem__, option, before))
+        changes.append(f"group {index}: {option} {before} > {group[option]}")
+    if not changes:
+        raise ValueError(f"{type(optimizer).__name__} has no {option!r}, so {remedy} does not apply to it")
+    return Applied(model=model, remedy=remedy, changes=tuple(changes), changed=(), _snapshot=undo)
+
+
+def attach_clipper(model: nn.Module, optimizer: Optimizer, *, max_norm: float | None = None) -> Applied:
+    """Let a clipper apply itself before each step of the optimizer, until :meth:`Applied.undo`.
+
+    Args:
+        model: The model that it trains.
+        optimizer: Before whose steps to clip; only the parameters that it holds are clipped.
+        max_norm: A fixed threshold for the L2 norm, above 0; ``None`` for one that follows the run's own norms.
+
+    Source: Pascanu, Mikolov, Bengio (2013), ICML, arXiv 1211.5063; the adaptive threshold: :mod:`gradguard.clip`.
+    """
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = [parameter for parameter in held if isinstance(parameter, torch.Tensor) and parameter.requires_grad]
+    clipper = Adaptive(held) if max_norm is None else Norm(held, max_norm)
+    clipper.attach(optimizer)
+    what = "at outliers of the run's own norms" if max_norm is None else f"at a norm of {max_norm:g}"
+    return Applied(
+        model=model,
+        remedy="adaptive-clip" if max_norm is None else "clip-norm",
+        changes=(f"gradients are clipped {what} before each step of {type(optimizer).__name__}",),
+        changed=(),
+        _snapshot=_Undo([clipper.detach]),
+    )

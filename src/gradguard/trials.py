@@ -1,0 +1,195 @@
+"""Cures tried on copies of a model before they are recommended: raced, ranked and measured, the model untouched."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from gradguard._contest import Contest, Entrant
+from gradguard._plan import make_plan
+from gradguard._race import Batches, Race
+from gradguard.findings import Diagnosis, Prescription, Severity
+from gradguard.outcomes import TrialResult, TrialRun
+from gradguard.preflight import check
+from gradguard.prescriptions import plain_prescription
+from gradguard.remedies import catalogue
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["trial"]
+
+_MOST_BATCHES = 80
+"""Batches kept at most: as many as the longest trial has steps."""
+
+
+def trial(  # noqa: PLR0913  # all but four are keywords with defaults
+    model: nn.Module,
+    batches: Any,
+    compute_loss: Callable[[Any, Any], Any],
+    make_optimizer: Callable[[Any], Optimizer],
+    *,
+    diagnosis: Diagnosis | None = None,
+    candidates: Sequence[str | Prescription] | None = None,
+    run_steps: int | None = None,
+    steps: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> TrialResult:
+    """Try cures on copies of a model and rank them by what they do to the loss.
+
+    Every candidate is applied to a copy of the model as it is given, so give it as it was *before* it was damaged,
+    where that is at hand. All copies see the same batches and the same random numbers, an untreated copy among them.
+    After a fifth and a half of the steps those behind are dropped; at most three run to the end, under two seeds where
+    the budget allows. Among those within 5 % of the best gain the one that changes least is recommended. Learning rates
+    are searched by decades. The model, its gradients, its modes and all random states stay as they are.
+
+    Args:
+        model: Any module that can be copied.
+        batches: Iterable of training batches; the first 80 at most are kept, so in a usual run no batch comes twice.
+        compute_loss: Called as ``compute_loss(model, batch)``; returns a scalar loss, or a mapping with ``"loss"``. Any
+            loss will do, no accuracy is asked for.
+        make_optimizer: Called with a copy, returns the optimizer to train it with.
+        diagnosis: What is wrong; from a guard or a check. By default the model is checked first.
+        candidates: Names of remedies, or prescriptions, to try instead of those of the diagnosis.
+        run_steps: Steps of the run that is to be saved. The trial then takes at most a quarter of them, unless the run
+            has only hundreds.
+        steps: Steps of a whole run of a copy; chosen by default: 40, or 16 to 80 where ``run_steps`` is given.
+        seconds: Time after which to stop with what is known by then.
+        seed: From which the random numbers of the copies are derived.
+        progress: Called with a line of text when something was measured.
+
+    Returns:
+        The ranking. Nothing is recommended where nothing is wrong, or where nothing helps by more than chance.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If there are no batches, a number is out of range, or a candidate is unknown.
+        UnsupportedModelError: If the model cannot be copied, is compiled or scripted, or there is no memory for copies.
+
+    Source: ours, algorithms.md, section K.
+
+    Example:
+        >>> import torch, gradguard
+        >>> _ = torch.manual_seed(0)
+        >>> layers = [m for _ in range(12) for m in (torch.nn.Linear(16, 16), torch.nn.Sigmoid())]
+        >>> model = torch.nn.Sequential(*layers, torch.nn.Linear(16, 1))
+        >>> x = torch.randn(64, 16)
+        >>> loss = lambda model, x: (model(x) - x.sum(dim=1, keepdim=True)).square().mean()
+        >>> result = gradguard.trial(model, [x], loss, lambda m: torch.optim.Adam(m.parameters(), lr=1e-2))
+        >>> result.best is not None and result.best.effect.gain > 0.0
+        True
+    """
+    started = time.perf_counter()
+    _check_numbers(run_steps=run_steps, steps=steps, seconds=seconds)
+    _check_callable(compute_loss=compute_loss, make_optimizer=make_optimizer)
+    kept = Batches(batches, min(_MOST_BATCHES, steps) if steps is not None else _MOST_BATCHES)
+    if diagnosis is None:
+        diagnosis = check(model, kept.at(0, 0), compute_loss)
+    entrants, impossible = _entrants(diagnosis, candidates)
+    if not entrants:
+        note = (
+            "Nothing is wrong, so nothing was tried."
+            if not impossible
+            else "What would help here is for you to change: see the prescriptions."
+        )
+        control = TrialRun(remedy="", loss=math.nan, steps=0, seeds=0, outcome="untreated")
+        return TrialResult(best=None, ranking=(), control=control, runs=impossible, diagnosis=diagnosis, note=note)
+    contest = Contest(
+        model,
+        Race(kept, compute_loss, base_seed=seed),
+        make_optimizer,
+        plan=make_plan(len(entrants), run_steps=run_steps, steps=steps),
+        illness=next((finding.code for finding in _illnesses(diagnosis)), ""),
+        deadline=math.inf if seconds is None else started + seconds,
+        progress=progress,
+    )
+    contest.run(entrants)
+    ranking = contest.ranking()
+    best = contest.best()
+    return TrialResult(
+        best=best,
+        ranking=ranking,
+        control=contest.control_run(),
+        runs=(*contest.runs(), *impossible),
+        diagnosis=_with_effects(diagnosis, ranking),
+        cost_s=time.perf_counter() - started,
+        cost_steps=contest.steps_taken,
+        run_steps=run_steps or 0,
+        interrupted=contest.interrupted,
+        note="" if best is not None else "Nothing that was tried helps.",
+    )
+
+
+def _illnesses(diagnosis: Diagnosis) -> list[Any]:
+    return [
+        finding
+        for finding in diagnosis.findings
+        if finding.standing and finding.severity >= Severity.WARNING and finding.consequence_of is None
+    ]
+
+
+def _entrants(
+    diagnosis: Diagnosis, candidates: Sequence[str | Prescription] | None
+) -> tuple[list[Entrant], tuple[TrialRun, ...]]:
+    """Return what can be tried, each remedy once, and what is advice only."""
+    given: list[Prescription] = []
+    if candidates is None:
+        given = [cure for finding in _illnesses(diagnosis) for cure in finding.prescriptions]
+    else:
+        given = [plain_prescription(item) if isinstance(item, str) else item for item in candidates]
+    entrants, impossible, seen = [], [], set()
+    for cure in given:
+        if cure.remedy in seen:
+            continue
+        seen.add(cure.remedy)
+        remedy = catalogue.find(cure.remedy)
+        if remedy is None:
+            why = "advice: the change is yours to make"
+            run = TrialRun(remedy=cure.remedy, loss=math.nan, steps=0, seeds=0, outcome="not possible", why=why)
+            impossible.append(run)
+        else:
+            entrants.append(Entrant(prescription=cure, remedy=remedy))
+    return entrants, tuple(impossible)
+
+
+def _with_effects(diagnosis: Diagnosis, ranking: Sequence[Prescription]) -> Diagnosis:
+    """Return the diagnosis with what was measured in its prescriptions, best first."""
+    measured = {cure.remedy: (place, cure) for place, cure in enumerate(ranking)}
+
+    def order(cure: Prescription) -> int:
+        return measured[cure.remedy][0] if cure.remedy in measured else len(measured)
+
+    findings = [
+        replace(
+            finding,
+            prescriptions=tuple(
+                measured[cure.remedy][1] if cure.remedy in measured else cure
+                for cure in sorted(finding.prescriptions, key=order)
+            ),
+        )
+        for finding in diagnosis.findings
+    ]
+    return replace(diagnosis, findings=tuple(findings))
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value!r}")
+
+
+def _check_callable(**functions: Any) -> None:
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
