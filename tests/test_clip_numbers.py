@@ -134,6 +134,13 @@ def test_half_precision_norms_are_computed_in_float32() -> None:
     assert grad(parameter)[0].item() == pytest.approx(300.0 / 79372.5, rel=2e-3)
 
 
+def test_bfloat16_norms_are_not_rounded_to_bfloat16() -> None:
+    """A thousand entries of 10 have norm 316.23; bfloat16 would say 316."""
+    (parameter,) = parameters_with(torch.full((1000,), 10.0, dtype=torch.bfloat16))
+
+    assert clip.Norm([parameter], 1.0).step().norm_before == pytest.approx(316.22777, rel=1e-6)
+
+
 def test_one_infinite_entry_does_not_spread_nan() -> None:
     """(inf, 1, 0) becomes (nan, 0, 0) with torch; with ``zero`` the finite entries keep what they are."""
     (parameter,) = parameters_with([math.inf, 0.5, 0.0])
@@ -418,6 +425,22 @@ def test_adagc_does_not_freeze_a_tensor_whose_gradient_was_zero() -> None:
     clipper.step()
 
     assert sleeper.grad.item() == pytest.approx(0.2)
+
+
+def test_adagc_clips_a_tensor_that_wakes_after_warmup_by_itself() -> None:
+    """Its first gradient is held to ``max_norm``, and its average starts from what is left."""
+    sleeper, other = scalar(), scalar()
+    clipper = clip.AdaGC([("sleeper", sleeper), ("other", other)], warmup_steps=2)
+    for _ in range(5):
+        sleeper.grad, other.grad = torch.zeros(1), torch.tensor([0.5])
+        clipper.step()
+    sleeper.grad, other.grad = torch.tensor([80.0]), torch.tensor([0.5])
+
+    clipper.step()
+
+    assert sleeper.grad.item() == pytest.approx(1.0)
+    assert other.grad.item() == 0.5
+    assert clipper.averages["sleeper"] == pytest.approx(1.0)
 
 
 # ---------------------------------------------------------------------------------------------------- Adaptive

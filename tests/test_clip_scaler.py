@@ -172,3 +172,20 @@ def test_scaled_gradients_whose_squares_overflow_are_measured_right() -> None:
     scaler.scale((weight * torch.tensor([3.0, 4.0])).sum()).backward()
 
     assert clip.Norm([weight], 1.0, scaler=scaler).step().norm_before == pytest.approx(5.0)
+
+
+def test_overflows_with_healthy_steps_between_are_the_scaler_s_trade() -> None:
+    """Only skips in a row are news beside a scaler: thirty single ones are counted and not warned of."""
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    clipper = clip.Norm([weight], 1.0, scaler=scaler)
+    for step in range(60):
+        optimizer.zero_grad()
+        scaler.scale(weight.sum() * (math.inf if step % 2 else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        clipper.step()
+        scaler.step(optimizer)
+        scaler.update(SCALE)
+
+    assert clipper.skipped_steps == 30

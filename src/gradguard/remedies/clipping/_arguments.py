@@ -28,7 +28,7 @@ def check_threshold(name: str, value: Any, *, infinite: bool = False) -> float:
     number = _number(name, value, "a number above 0")
     if math.isnan(number) or number <= 0.0 or (math.isinf(number) and not infinite):
         extra = ", or math.inf to measure without clipping" if infinite else " and finite"
-        raise ValueError(f"{name} must be above 0{extra}, got {value!r}. 1.0 is the usual gradient norm to clip at")
+        raise ValueError(f"{name} must be above 0{extra}, got {value!r}")
     return number
 
 

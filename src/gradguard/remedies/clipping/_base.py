@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
 
 import torch
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["Clipped", "Clipper", "Measured"]
+__all__ = ["Clipped", "Clipper", "Measured", "Options"]
 
 _NAMED = 3
 """Names that a message about gradients gives."""
@@ -35,6 +35,14 @@ _EMPTY_CALLS = 3
 _PATIENCE = 10
 """Skips in a row from which a warning comes although a loss scaler is at work. Ours: halving 65536 ten times leaves 64,
 which no search for a scale needs."""
+
+
+class Options(TypedDict, total=False):
+    """Keywords that every clipper takes; :class:`Clipper` explains them."""
+
+    scaler: Any
+    non_finite: str
+    optimizer: Optimizer | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Unpack
 
 from gradguard.remedies.clipping._arguments import check_norm_type, check_threshold
-from gradguard.remedies.clipping._base import Clipped, Clipper, Measured
+from gradguard.remedies.clipping._base import Clipped, Clipper, Measured, Options
 from gradguard.remedies.clipping._gradients import Parameters
 from gradguard.remedies.clipping._methods import to_norm_, to_value_
 
@@ -29,7 +29,9 @@ class Norm(Clipper):
         (5.0, 1.0, True)
     """
 
-    def __init__(self, parameters: Parameters, max_norm: float, *, norm_type: float = 2.0, **options: Any) -> None:
+    def __init__(
+        self, parameters: Parameters, max_norm: float, *, norm_type: float = 2.0, **options: Unpack[Options]
+    ) -> None:
         """Take what is to be clipped, and the threshold.
 
         Args:
@@ -61,7 +63,7 @@ class Value(Clipper):
     Source: ``torch.nn.utils.clip_grad_value_``.
     """
 
-    def __init__(self, parameters: Parameters, clip_value: float, **options: Any) -> None:
+    def __init__(self, parameters: Parameters, clip_value: float, **options: Unpack[Options]) -> None:
         """Take what is to be clipped, and the largest entry to leave, above 0.
 
         Raises:

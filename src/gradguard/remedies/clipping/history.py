@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from gradguard.remedies.clipping._arguments import check_count, check_fraction, check_threshold
-from gradguard.remedies.clipping._base import Clipped, Clipper, Measured
+from gradguard.remedies.clipping._base import Clipped, Clipper, Measured, Options
 from gradguard.remedies.clipping._gradients import Parameters
 from gradguard.remedies.clipping._methods import to_norm_
 from gradguard.remedies.clipping.thresholds import Percentile, RobustWindow, zclip_norm
@@ -39,7 +39,12 @@ class AutoClip(_History):
     """
 
     def __init__(
-        self, parameters: Parameters, percentile: float = 10.0, *, history_size: int | None = 10_000, **options: Any
+        self,
+        parameters: Parameters,
+        percentile: float = 10.0,
+        *,
+        history_size: int | None = 10_000,
+        **options: Unpack[Options],
     ) -> None:
         """Take what is to be clipped.
 
@@ -92,7 +97,7 @@ class ZClip(_History):
         z_threshold: float = 2.5,
         warmup_steps: int = 25,
         max_norm: float | None = 1.0,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         """Take what is to be clipped.
 
@@ -190,7 +195,7 @@ class Adaptive(_History):
         window: int = 64,
         warmup_steps: int = 20,
         max_norm: float | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         """Take what is to be clipped.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from gradguard.remedies.clipping._arguments import check_count, check_fraction, check_threshold
-from gradguard.remedies.clipping._base import Clipped, Clipper, Measured
+from gradguard.remedies.clipping._base import Clipped, Clipper, Measured, Options
 from gradguard.remedies.clipping._gradients import Gradient, Parameters
 from gradguard.remedies.clipping._methods import scale_tensors_, to_norm_, true_size
 from gradguard.remedies.clipping._units import all_zero, clip_units_
@@ -43,7 +43,7 @@ class AGC(Clipper):
         *,
         exclude: Iterable[str] = (),
         parity: str | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         """Take what is to be clipped.
 
@@ -124,7 +124,7 @@ class AdaGC(Clipper):
         beta: float = 0.98,
         warmup_steps: int = 100,
         max_norm: float = 1.0,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         """Take what is to be clipped.
 
