@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from gradguard import theory
 from gradguard.monitors._describe import describe
@@ -24,12 +25,14 @@ class Following:
         normalized: Whether a normalization takes its output, so that its scale does not matter.
         uses: How often the layer ran in the pass; 1 where there was none.
         branch_end: Whether its output is added to a path that goes around it.
+        output: Whether no further layer runs behind it, in a model of several.
     """
 
     activation: theory.Activation | None = None
     normalized: bool = False
     uses: int = 1
     branch_end: bool = False
+    output: bool = False
 
 
 def following_by_trace(trace: Trace, layers: Sequence[Layer]) -> dict[str, Following]:
@@ -38,10 +41,12 @@ def following_by_trace(trace: Trace, layers: Sequence[Layer]) -> dict[str, Follo
     Dropout, pooling, reshaping, normalization and sums are looked through.
     """
     found = {}
+    several = len({id(op.module) for op in trace.ops if op.kind == "layer"}) > 1
     for name, module in layers:
         uses = trace.uses(module)
         if uses:
-            found[name] = _behind(trace, uses[0], len(uses))
+            last = not any(trace.ops[index].kind == "layer" for index in trace.descendants(uses[-1].index))
+            found[name] = replace(_behind(trace, uses[0], len(uses)), output=last and several)
     return found
 
 
@@ -84,7 +89,9 @@ def following_by_order(model: nn.Module, layers: Sequence[Layer]) -> dict[str, F
     found = {}
     for name, module in layers:
         place = next(i for i, other in enumerate(order) if other is module)
-        found[name] = _behind_in(order[place + 1 :])
+        rest = order[place + 1 :]
+        last = not any(isinstance(other, (nn.Linear, _ConvNd)) for other in rest)
+        found[name] = replace(_behind_in(rest), output=last and place > 0)
     return found
 
 

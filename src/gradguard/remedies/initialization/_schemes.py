@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from gradguard import theory
-from gradguard.remedies._applied import Applied, Snapshot, transaction
+from gradguard.remedies._applied import Applied, Snapshot, tensor_names, transaction
 from gradguard.remedies.initialization._draw import delta_orthogonal, fans, normal, orthogonal_layer
 from gradguard.remedies.initialization._following import Following, following_by_order, following_by_trace
 from gradguard.remedies.initialization._gain import stack_gain
@@ -23,7 +24,6 @@ from gradguard.remedies.initialization._targets import (
     generator_of,
     layers_of,
     made_weight,
-    module_tensors,
     set_weight,
     zero_bias,
     zeroed,
@@ -113,6 +113,7 @@ def initialize(  # noqa: PLR0913  # all are keywords with defaults
     layers = drop_zero_branches(layers, following, skipped, traced=batch is not None)
     gains = _gains(layers, following, 1.0 if scheme == "lecun" else gain)
     changes = []
+    before = tensor_names(model)
     with transaction() as snapshot:
         for name, module in layers:
             reason = _draw_layer(module, scheme, gains[name], draw, snapshot)
@@ -121,7 +122,7 @@ def initialize(  # noqa: PLR0913  # all are keywords with defaults
             else:
                 skipped[name] = reason
         refuse_chosen(modules, skipped)
-        return finish(model, f"{scheme}-initialization", snapshot, optimizers, changes, skipped)
+        return finish(model, f"{scheme}-initialization", snapshot, optimizers, changes, skipped, before)
 
 
 def look_behind(
@@ -152,16 +153,7 @@ def look_behind(
     if activation is None:
         return following
     known = theory.activation(activation)
-    names = list(following)
-    return {
-        name: Following(
-            activation=known if name != names[-1] else None,
-            normalized=what.normalized,
-            uses=what.uses,
-            branch_end=what.branch_end,
-        )
-        for name, what in following.items()
-    }
+    return {name: replace(what, activation=None if what.output else known) for name, what in following.items()}
 
 
 def drop_zero_branches(
@@ -220,7 +212,7 @@ def _draw_layer(
         value = gain * make(module, old.shape, old.dtype, draw)
     else:
         value = normal(old.shape, old.dtype, _std(module, scheme, gain), draw)
-    snapshot.keep(module_tensors(module))
+    snapshot.keep_module(module)
     reason = set_weight(module, value)
     if reason is None:
         zero_bias(module)

@@ -6,7 +6,7 @@ set and an activation counts however it is written. Layers are known by the tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -123,16 +123,24 @@ class Trace:
         """Return the operations that use a module's weight."""
         return [op for op in self.ops if op.module is module]
 
+    def descendants(self, index: int) -> set[int]:
+        """Return all operations that depend on one."""
+        return _reach(index, lambda here: self.children[here]) - {index}
+
     def ancestors(self, index: int) -> set[int]:
         """Return an operation and all that it depends on."""
-        seen: set[int] = set()
-        stack = [index]
-        while stack:
-            here = stack.pop()
-            if here not in seen:
-                seen.add(here)
-                stack.extend(self.ops[here].parents)
-        return seen
+        return _reach(index, lambda here: self.ops[here].parents)
+
+
+def _reach(index: int, step: Callable[[int], Sequence[int]]) -> set[int]:
+    seen: set[int] = set()
+    stack = [index]
+    while stack:
+        here = stack.pop()
+        if here not in seen:
+            seen.add(here)
+            stack.extend(step(here))
+    return seen
 
 
 LayerCall = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
