@@ -55,10 +55,15 @@ def test_transaction_restores_whatever_is_raised(error: type[BaseException]) -> 
     """Also when the user interrupts."""
     layer = nn.Linear(2, 2)
     before = layer.weight.detach().clone()
-    with pytest.raises(error) as caught, transaction() as snapshot:
-        snapshot.keep(layer.parameters())
-        nn.init.zeros_(layer.weight)
-        raise error
+
+    def fail_in_the_middle() -> None:
+        with transaction() as snapshot:
+            snapshot.keep(layer.parameters())
+            nn.init.zeros_(layer.weight)
+            raise error
+
+    with pytest.raises(error) as caught:
+        fail_in_the_middle()
     assert torch.equal(layer.weight, before)
     assert caught.value.__notes__ == ["the model and the optimizer are as they were before this remedy"]
 
@@ -81,13 +86,15 @@ def test_without_an_error_changes_stay() -> None:
         lambda p: torch.optim.AdamW(p, 1e-2),
         lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
         lambda p: torch.optim.LBFGS(p, max_iter=2),
-        lambda p: torch.optim.Adafactor(p),
+        torch.optim.Adafactor,
     ],
     ids=["adamw", "sgd", "lbfgs", "adafactor"],
 )
 def test_optimizer_state_is_dropped_and_comes_back(make: Any) -> None:
-    """State is gone after the reset, grows anew by training, and is the old one after restoring; LBFGS has one state."""
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    """State is gone after the reset, grows anew by training, and is the old one once restored; LBFGS has but one."""
+    head = nn.Linear(3, 1)
+    weight = next(head.parameters())
+    model = nn.Sequential(nn.Linear(3, 3), head)
     optimizer = make(model.parameters())
     x = torch.randn(4, 3)
 
@@ -100,12 +107,12 @@ def test_optimizer_state_is_dropped_and_comes_back(make: Any) -> None:
     optimizer.step(closure)
     before = dict(optimizer.state)
     snapshot = Snapshot()
-    snapshot.reset_state([optimizer], [model[1].weight])
+    snapshot.reset_state([optimizer], [weight])
     left = set(optimizer.state)
     optimizer.step(closure)
     snapshot.restore()
 
-    assert left == (set() if isinstance(optimizer, torch.optim.LBFGS) else set(before) - {model[1].weight})
+    assert left == (set() if isinstance(optimizer, torch.optim.LBFGS) else set(before) - {weight})
     assert set(optimizer.state) == set(before)
     assert all(optimizer.state[p] is before[p] for p in set(before) - left)
 
@@ -115,7 +122,7 @@ def test_state_that_was_not_there_goes_again() -> None:
     model = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     snapshot = Snapshot()
-    snapshot.reset_state([optimizer], [model.weight])
+    snapshot.reset_state([optimizer], [next(model.parameters())])
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     snapshot.restore()

@@ -26,15 +26,19 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def stack(activation: Callable[[], nn.Module], depth: int, width: int = 256) -> nn.Sequential:
-    """Return ``depth`` linear layers with an activation behind each."""
-    return nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width), activation())))
+WIDTH = 256
+
+
+def stack(activation: Callable[[], nn.Module], depth: int, width: int = WIDTH) -> nn.Sequential:
+    """Return ``depth`` linear layers with an activation behind each, and an output layer."""
+    hidden = [m for _ in range(depth) for m in (nn.Linear(width, width), activation())]
+    return nn.Sequential(*hidden, nn.Linear(width, width))
 
 
 def measured_gain(model: nn.Sequential, seed: int) -> float:
-    """Return the factor per layer on the gradient's norm, from the last linear layer's output to the first's."""
+    """Return the factor per layer on the gradient's norm, from the last hidden layer's output to the first's."""
     generator = torch.Generator().manual_seed(seed)
-    h = torch.randn(32, model[0].weight.shape[1], generator=generator)
+    h = torch.randn(32, WIDTH, generator=generator)
     outputs = []
     for module in model:
         h = module(h)
@@ -42,8 +46,8 @@ def measured_gain(model: nn.Sequential, seed: int) -> float:
             h.retain_grad()
             outputs.append(h)
     (h * torch.randn(h.shape, generator=generator)).sum().backward()
-    ratio = outputs[0].grad.norm() / outputs[-1].grad.norm()
-    return ratio.item() ** (1 / (len(outputs) - 1))
+    ratio = outputs[0].grad.norm() / outputs[-2].grad.norm()
+    return ratio.item() ** (1 / (len(outputs) - 2))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,8 @@ def test_without_a_batch_modules_count_in_order() -> None:
     )
     initialize(model, "he", generator=0)
 
-    assert [round(std(model[i]) * math.sqrt(model[i].weight.shape[1]), 1) for i in (0, 3, 5)] == [1.4, 1.0, 1.0]
+    fan_ins = {0: 400, 3: 400, 5: 200}
+    assert [round(std(model[i]) * math.sqrt(fan_in), 1) for i, fan_in in fan_ins.items()] == [1.4, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -226,10 +231,10 @@ def test_deep_linear_orthogonal_net_is_an_isometry() -> None:
     ],
     ids=repr,
 )
-def test_delta_orthogonal_convolutions_keep_the_norm(layer: nn.Module) -> None:
+def test_delta_orthogonal_convolutions_keep_the_norm(layer: Any) -> None:
     """With at least as many outputs as inputs the norm of any input is kept exactly, which He's does not do."""
     axes = layer.weight.ndim - 2
-    x = torch.randn((3, int(layer.in_channels), *(9,) * axes), generator=torch.Generator().manual_seed(0))
+    x = torch.randn((3, layer.in_channels, *(9,) * axes), generator=torch.Generator().manual_seed(0))
     initialize(layer, "delta-orthogonal", generator=0)
     y = layer(x)
 
@@ -247,6 +252,30 @@ def test_orthogonal_draws_are_uniform_in_sign() -> None:
         traces.append(layer.weight.trace().item())
 
     assert abs(np.mean(traces)) < 0.25  # four standard errors; without the sign correction it is about -2
+
+
+def test_gates_and_output_activations_have_gain_one() -> None:
+    """A sigmoid's gain would slam a gate and saturate an output; ``x * sigmoid(x)`` is SiLU, however it is written."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.swish, self.gate, self.value, self.deep, self.out = (nn.Linear(40, 40) for _ in range(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.swish(x)
+            x = x * x.sigmoid()
+            x = torch.sigmoid(self.gate(x)) * self.value(x)
+            return torch.sigmoid(self.out(torch.sigmoid(self.deep(x))))
+
+    model = Gated()
+    initialize(model, "he", batch=torch.randn(3, 40), generator=0)
+    gains = {name: std(layer) * math.sqrt(40) for name, layer in model.named_children()}
+
+    assert gains == pytest.approx(
+        {"swish": stack_gain("silu", 1), "gate": 1.0, "value": 1.0, "deep": stack_gain("sigmoid", 1), "out": 1.0},
+        rel=0.1,
+    )
 
 
 class Tied(nn.Module):
@@ -268,8 +297,8 @@ def test_tied_weights_are_drawn_once_and_embeddings_left_alone(batched: bool) ->
     """Two layers that share a weight still share it; one tied to an embedding is not touched."""
     model, twin = Tied(), nn.Linear(8, 8)
     embedding = model.embed.weight.detach().clone()
-    given = {"batch": torch.arange(6)} if batched else {"activation": "relu"}
-    applied = initialize(model, "he", generator=3, **given)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"batch": torch.arange(6)} if batched else {"activation": "relu"}
+    applied = initialize(model, "he", generator=3, **given)
     initialize(twin, "he", generator=3, gain=math.sqrt(2.0))
 
     assert model.a.weight is model.b.weight
@@ -296,10 +325,11 @@ def test_frozen_weights_and_biases_are_left_alone() -> None:
 def test_weight_norm_is_set_through_its_parametrization() -> None:
     """The effective weight is the one asked for, with or without a batch; old hook-based weight norm is refused."""
     plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
-    for given in ({}, {"batch": torch.randn(3, 6)}):
+    both: list[dict[str, Any]] = [{}, {"batch": torch.randn(3, 6)}]
+    for given in both:
         model = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 2))
         initialize(plain, "he", generator=0)
-        applied = initialize(model, "he", generator=0, **given)  # type: ignore[arg-type]
+        applied = initialize(model, "he", generator=0, **given)
         torch.testing.assert_close(model[0].weight, plain[0].weight)
         assert "0.weight.original0" in applied.changed
 

@@ -35,8 +35,7 @@ def output_deviations(model: nn.Module, x: Tensor) -> list[float]:
 def span(model: nn.Sequential, seed: int = 0) -> float:
     """Return the decades by which the gradient at the first layers' outputs lies below that at the last ones'."""
     x, y = digit_batch(64, seed)
-    norms, h = [], x
-    outputs = []
+    h, outputs = x, []
     for module in model:
         h = module(h)
         if isinstance(module, nn.Linear):
@@ -166,8 +165,9 @@ def test_weight_norm_is_scaled_through_its_parametrization() -> None:
 
 def test_bias_that_cannot_be_scaled_away_is_said() -> None:
     """With a kept bias that varies more than wanted the target cannot be reached, and the line says so."""
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
-    nn.init.uniform_(model[0].bias, -5.0, 5.0)
+    first = nn.Linear(64, 32)
+    nn.init.uniform_(first.bias, -5.0, 5.0)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(32, 4))
     applied = lsuv(model, digit_batch(64)[0], orthogonal=False, max_attempts=3, generator=0)
 
     assert "not reached in 3 attempts" in applied.changes[0]

@@ -25,7 +25,7 @@ class Following:
         normalized: Whether a normalization takes its output, so that its scale does not matter.
         uses: How often the layer ran in the pass; 1 where there was none.
         branch_end: Whether its output is added to a path that goes around it.
-        output: Whether no further layer runs behind it, in a model of several.
+        output: Whether no further layer runs behind it.
     """
 
     activation: theory.Activation | None = None
@@ -41,12 +41,11 @@ def following_by_trace(trace: Trace, layers: Sequence[Layer]) -> dict[str, Follo
     Dropout, pooling, reshaping, normalization and sums are looked through.
     """
     found = {}
-    several = len({id(op.module) for op in trace.ops if op.kind == "layer"}) > 1
     for name, module in layers:
         uses = trace.uses(module)
         if uses:
             last = not any(trace.ops[index].kind == "layer" for index in trace.descendants(uses[-1].index))
-            found[name] = replace(_behind(trace, uses[0], len(uses)), output=last and several)
+            found[name] = replace(_behind(trace, uses[0], len(uses)), output=last)
     return found
 
 
@@ -62,7 +61,7 @@ def _behind(trace: Trace, op: Op, uses: int) -> Following:
         seen.add(index)
         here = trace.ops[index]
         if here.kind == "activation":
-            activation = here.activation
+            activation = _gated(trace, here)
             break
         normalized |= here.kind == "norm" and straight
         if here.kind == "sum" and straight and len(here.operands) == 2:
@@ -70,6 +69,20 @@ def _behind(trace: Trace, op: Op, uses: int) -> Following:
         if here.kind in {"norm", "shape", "sum"}:
             queue += [(child, straight and here.kind == "shape") for child in trace.children[index]]
     return Following(activation=activation, normalized=normalized, uses=uses, branch_end=branch_end)
+
+
+def _gated(trace: Trace, op: Op) -> theory.Activation | None:
+    """Return the activation, SiLU where it is a sigmoid times its own input, none where it gates something else.
+
+    A gate is to be half open at first: a gain that suits a stack of sigmoids would slam it.
+    """
+    for child in trace.children[op.index]:
+        product = trace.ops[child]
+        if product.kind == "product" and len(product.operands) == 2:
+            own = set(product.operands) <= {op.index, *op.parents}
+            is_sigmoid = op.activation is not None and op.activation.name == "sigmoid"
+            return theory.activation("silu") if own and is_sigmoid else None
+    return op.activation
 
 
 def _goes_around(trace: Trace, total: Op, op: Op) -> bool:
@@ -91,7 +104,7 @@ def following_by_order(model: nn.Module, layers: Sequence[Layer]) -> dict[str, F
         place = next(i for i, other in enumerate(order) if other is module)
         rest = order[place + 1 :]
         last = not any(isinstance(other, (nn.Linear, _ConvNd)) for other in rest)
-        found[name] = replace(_behind_in(rest), output=last and place > 0)
+        found[name] = replace(_behind_in(rest), output=last)
     return found
 
 

@@ -176,7 +176,7 @@ def fixup(
         for name, module in layers:
             if name not in following:
                 continue
-            behind = following[name].activation
+            behind = None if following[name].output else following[name].activation
             gain = 1.0 if behind is None else stack_gain(behind, 1)
             std = 0.0 if id(module) in zeros else gain * scales.get(id(module), 1.0)
             reason = _draw(module, std, draw, snapshot)

@@ -60,8 +60,10 @@ def initialize(  # noqa: PLR0913  # all are keywords with defaults
     ``"delta-orthogonal"``  Convolutions orthogonal in the centre tap, zero elsewhere; Linear as ``"orthogonal"``.
     ====================  =========================================================================================
 
-    The gain follows from the activation behind each layer, :func:`stack_gain`; a layer with none behind it, such as the
-    output layer, has gain 1. Left alone, and named in ``skipped``: frozen, tied-to-an-embedding and attention weights,
+    The gain follows from the activation behind each layer, :func:`stack_gain`. The output layer, behind which no other
+    runs, has gain 1 whatever its activation, and so have layers with no activation behind them and gates (an activation
+    that is multiplied with something else). Left alone, and named in ``skipped``: frozen weights, weights tied to an
+    embedding, attention's,
     layers whose weight is zero at the end of a residual branch, embeddings, normalization and recurrent layers. A
     weight that several layers share is drawn once.
 
@@ -191,7 +193,7 @@ def _gains(layers: Sequence[Layer], following: Mapping[str, Following], fixed: f
     gains = {}
     known = {}
     for name, _ in layers:
-        activation = following[name].activation
+        activation = None if following[name].output else following[name].activation
         if fixed is not None or activation is None:
             gains[name] = 1.0 if fixed is None else fixed
         else:
@@ -225,7 +227,8 @@ def _std(module: nn.Module, scheme: Scheme, gain: float) -> float:
 
 
 def _words(name: str, module: nn.Module, scheme: Scheme, gain: float, behind: Following) -> str:
-    cause = f" for {behind.activation.name}" if behind.activation is not None and scheme != "lecun" else ""
+    known = scheme != "lecun" and not behind.output and behind.activation is not None
+    cause = f" for {behind.activation.name}" if behind.activation is not None and known else ""
     if scheme in {"orthogonal", "delta-orthogonal"}:
         kind = "delta-orthogonal" if scheme == "delta-orthogonal" and isinstance(module, _ConvNd) else "orthogonal"
         what = f"{kind} weight (gain {gain:.3g}{cause})"

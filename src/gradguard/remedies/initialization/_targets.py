@@ -182,7 +182,7 @@ def set_weight(module: nn.Module, value: Tensor) -> str | None:
         before = Snapshot()
         before.keep_module(module)
         try:
-            module.weight = value.to(_originals(module)[0].dtype)
+            module.weight = value.to(_originals(module)[0])
         except Exception as error:  # noqa: BLE001  # each parametrization raises what it likes
             before.restore()
             return f"its weight is parametrized ({kinds}) and cannot be set: {error}"
