@@ -52,20 +52,20 @@ def initialize(  # noqa: PLR0913  # all are keywords with defaults
 ) -> Applied:
     """Draw the weights of Linear and convolution layers anew, in place, and set their biases to zero.
 
-    ====================  =========================================================================================
-    ``"he"``              Gaussian of variance ``gain^2 / fan_in``.
-    ``"xavier"``          Gaussian of variance ``2 gain^2 / (fan_in + fan_out)``.
-    ``"lecun"``           Gaussian of variance ``1 / fan_in``, whatever the activation; what SELU was made for.
-    ``"orthogonal"``      Orthonormal rows or columns times the gain, each group by itself.
+    ======================  =======================================================================================
+    ``"he"``                Gaussian of variance ``gain^2 / fan_in``.
+    ``"xavier"``            Gaussian of variance ``2 gain^2 / (fan_in + fan_out)``.
+    ``"lecun"``             Gaussian of variance ``1 / fan_in``, whatever the activation; what SELU was made for.
+    ``"orthogonal"``        Orthonormal rows or columns times the gain, each group by itself.
     ``"delta-orthogonal"``  Convolutions orthogonal in the centre tap, zero elsewhere; Linear as ``"orthogonal"``.
-    ====================  =========================================================================================
+    ======================  =======================================================================================
 
     The gain follows from the activation behind each layer, :func:`stack_gain`. The output layer, behind which no other
     runs, has gain 1 whatever its activation, and so have layers with no activation behind them and gates (an activation
     that is multiplied with something else). Left alone, and named in ``skipped``: frozen weights, weights tied to an
-    embedding, attention's,
-    layers whose weight is zero at the end of a residual branch, embeddings, normalization and recurrent layers. A
-    weight that several layers share is drawn once.
+    embedding, those of MultiheadAttention, weights of zero at the end of a residual branch, and parametrized weights
+    that cannot be set. A weight that several layers share is drawn once. Embeddings, normalization and recurrent layers
+    are not touched.
 
     Args:
         model: The model; it keeps its modules and parameters.
