@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from gradguard.errors import UnsupportedModelError
 from gradguard.remedies import Applied, _applied
 from gradguard.remedies.initialization import REMEDIES
-
-from .models import digit_batch
+from tests.models import digit_batch
 
 
 class Block(nn.Module):
@@ -92,6 +91,7 @@ def trained(make: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optim
 
 
 def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> float:
+    """Train on one batch of digits and return the loss."""
     x, y = digit_batch(32, seed)
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(x), y)
@@ -112,6 +112,7 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes
 
 
 def apply(name: str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Applied:
+    """Apply a remedy with the arguments of its case."""
     _, arguments, _ = CASES[name]
     return REMEDIES[name](model, batch=digit_batch(32)[0], optimizer=optimizer, **arguments)
 
@@ -193,7 +194,7 @@ def test_second_undo_does_nothing(name: str) -> None:
 
 @every_remedy
 def test_failure_in_the_middle_restores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the remedy fails after it has changed the model, model and optimizer are as they were, and the error says so."""
+    """If it fails after it has changed the model, model and optimizer are as they were, and the error says so."""
     model, optimizer = trained(CASES[name][0])
     before, text = state(model, optimizer), str(model)
     changed = []

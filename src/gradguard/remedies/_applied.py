@@ -36,6 +36,7 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._children: list[tuple[nn.Module, str, nn.Module]] = []
         self._states: list[tuple[Optimizer, nn.Parameter, dict[str, Any] | None]] = []
         self._groups: list[tuple[Optimizer, list[nn.Parameter], nn.Parameter]] = []
@@ -45,6 +46,18 @@ class Snapshot:
         for tensor in tensors:
             if id(tensor) not in self._values:
                 self._values[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def keep_module(self, module: nn.Module, *, parameters: bool = True) -> None:
+        """Keep the parameters and buffers of a module, and which buffers they are: a parametrization replaces some."""
+        if parameters:
+            self.keep(module.parameters())
+        self.keep(module.buffers())
+        self._buffers += [
+            (child, name, buffer)
+            for child in module.modules()
+            for name, buffer in child._buffers.items()
+            if buffer is not None
+        ]
 
     def changed(self) -> set[int]:
         """Return the ids of the kept tensors whose values are no longer the same; NaN counts as equal to NaN."""
@@ -82,6 +95,9 @@ class Snapshot:
         while self._children:
             parent, name, child = self._children.pop()
             parent._modules[name] = child
+        while self._buffers:
+            module, name, buffer = self._buffers.pop()
+            module._buffers[name] = buffer
         with torch.no_grad():
             for tensor, value in self._values.values():
                 tensor.copy_(value)

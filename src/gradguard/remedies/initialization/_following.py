@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from gradguard import theory
 from gradguard.monitors._describe import describe
@@ -24,12 +25,14 @@ class Following:
         normalized: Whether a normalization takes its output, so that its scale does not matter.
         uses: How often the layer ran in the pass; 1 where there was none.
         branch_end: Whether its output is added to a path that goes around it.
+        output: Whether no further layer runs behind it.
     """
 
     activation: theory.Activation | None = None
     normalized: bool = False
     uses: int = 1
     branch_end: bool = False
+    output: bool = False
 
 
 def following_by_trace(trace: Trace, layers: Sequence[Layer]) -> dict[str, Following]:
@@ -41,7 +44,8 @@ def following_by_trace(trace: Trace, layers: Sequence[Layer]) -> dict[str, Follo
     for name, module in layers:
         uses = trace.uses(module)
         if uses:
-            found[name] = _behind(trace, uses[0], len(uses))
+            last = not any(trace.ops[index].kind == "layer" for index in trace.descendants(uses[-1].index))
+            found[name] = replace(_behind(trace, uses[0], len(uses)), output=last)
     return found
 
 
@@ -57,7 +61,7 @@ def _behind(trace: Trace, op: Op, uses: int) -> Following:
         seen.add(index)
         here = trace.ops[index]
         if here.kind == "activation":
-            activation = here.activation
+            activation = _gated(trace, here)
             break
         normalized |= here.kind == "norm" and straight
         if here.kind == "sum" and straight and len(here.operands) == 2:
@@ -65,6 +69,20 @@ def _behind(trace: Trace, op: Op, uses: int) -> Following:
         if here.kind in {"norm", "shape", "sum"}:
             queue += [(child, straight and here.kind == "shape") for child in trace.children[index]]
     return Following(activation=activation, normalized=normalized, uses=uses, branch_end=branch_end)
+
+
+def _gated(trace: Trace, op: Op) -> theory.Activation | None:
+    """Return the activation, SiLU where it is a sigmoid times its own input, none where it gates something else.
+
+    A gate is to be half open at first: a gain that suits a stack of sigmoids would slam it.
+    """
+    for child in trace.children[op.index]:
+        product = trace.ops[child]
+        if product.kind == "product" and len(product.operands) == 2:
+            own = set(product.operands) <= {op.index, *op.parents}
+            is_sigmoid = op.activation is not None and op.activation.name == "sigmoid"
+            return theory.activation("silu") if own and is_sigmoid else None
+    return op.activation
 
 
 def _goes_around(trace: Trace, total: Op, op: Op) -> bool:
@@ -84,7 +102,9 @@ def following_by_order(model: nn.Module, layers: Sequence[Layer]) -> dict[str, F
     found = {}
     for name, module in layers:
         place = next(i for i, other in enumerate(order) if other is module)
-        found[name] = _behind_in(order[place + 1 :])
+        rest = order[place + 1 :]
+        last = not any(isinstance(other, (nn.Linear, _ConvNd)) for other in rest)
+        found[name] = replace(_behind_in(rest), output=last)
     return found
 
 

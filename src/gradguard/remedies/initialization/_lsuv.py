@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradguard.monitors._trees import floating_tensors
-from gradguard.remedies._applied import Applied, Snapshot, transaction
+from gradguard.remedies._applied import Applied, Snapshot, tensor_names, transaction
 from gradguard.remedies.initialization._draw import orthogonal_layer
 from gradguard.remedies.initialization._following import Following
 from gradguard.remedies.initialization._schemes import drop_zero_branches, look_behind, refuse_chosen
@@ -23,7 +23,6 @@ from gradguard.remedies.initialization._targets import (
     generator_of,
     layers_of,
     made_weight,
-    module_tensors,
     set_weight,
     zero_bias,
 )
@@ -103,6 +102,7 @@ def lsuv(  # noqa: PLR0913  # the algorithm has three numbers; all are keywords 
     following = look_behind(model, layers, skipped, batch, compute_loss, needed=False)
     layers = drop_zero_branches(layers, following, skipped, traced=True)
     layers = [(name, module) for name, module in layers if not _leave(name, following[name], skipped)]
+    tensors = tensor_names(model)
     with transaction() as snapshot:
         scaling = _Scaling(
             layers=layers,
@@ -117,7 +117,7 @@ def lsuv(  # noqa: PLR0913  # the algorithm has three numbers; all are keywords 
         if layers:
             trace(model, batch, compute_loss, on_layer=scaling)
         refuse_chosen(modules, skipped)
-        return finish(model, "lsuv", snapshot, optimizers, scaling.changes, skipped)
+        return finish(model, "lsuv", snapshot, optimizers, scaling.changes, skipped, tensors)
 
 
 def _leave(name: str, following: Following, skipped: dict[str, str]) -> bool:
@@ -149,9 +149,9 @@ class _Scaling:
         name = next((name for name, layer in self.layers if layer is module), None)
         if name is None:
             return function(*args, **kwargs)
-        self.snapshot.keep(module_tensors(module))
+        self.snapshot.keep_module(module)
         before = Snapshot()
-        before.keep(module_tensors(module))
+        before.keep_module(module)
         given = module.weight
 
         def run() -> Any:

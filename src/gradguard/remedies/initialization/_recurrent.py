@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from gradguard.monitors._describe import clean_name
-from gradguard.remedies._applied import Applied, Snapshot, transaction
+from gradguard.remedies._applied import Applied, Snapshot, tensor_names, transaction
 from gradguard.remedies.initialization._draw import orthogonal
 from gradguard.remedies.initialization._schemes import refuse_chosen
 from gradguard.remedies.initialization._targets import Generator, check_arguments, expand, finish, generator_of
@@ -210,10 +210,11 @@ def _apply(
 ) -> Applied:
     optimizers = check_arguments(model, optimizer)
     cells, skipped = _cells(model, kinds, modules, gated=gated)
+    before = tensor_names(model)
     with transaction() as snapshot, torch.no_grad():
         changes = [_change(cell, change, kinds, snapshot) for cell in cells]
         refuse_chosen(modules, skipped)
-        return finish(model, remedy, snapshot, optimizers, changes, skipped)
+        return finish(model, remedy, snapshot, optimizers, changes, skipped, before)
 
 
 def _change(cell: _Cell, change: Callable[[_Cell], str], kinds: tuple[str, ...], snapshot: Snapshot) -> str:

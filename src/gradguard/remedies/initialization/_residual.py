@@ -23,7 +23,6 @@ from gradguard.remedies.initialization._targets import (
     generator_of,
     layers_of,
     made_weight,
-    module_tensors,
     set_weight,
     zero_bias,
     zeroed,
@@ -171,13 +170,13 @@ def fixup(
         for layer in block.layers
         if block.depth > 1
     }
-    names_before = tensor_names(model)
+    before = tensor_names(model)
     changes = []
     with transaction() as snapshot:
         for name, module in layers:
             if name not in following:
                 continue
-            behind = following[name].activation
+            behind = None if following[name].output else following[name].activation
             gain = 1.0 if behind is None else stack_gain(behind, 1)
             std = 0.0 if id(module) in zeros else gain * scales.get(id(module), 1.0)
             reason = _draw(module, std, draw, snapshot)
@@ -193,7 +192,7 @@ def fixup(
                 _wrap(model, snapshot, optimizers, block.last, 1.0) for block in blocks if block.last is not None
             ]
             _run_again(model, batch, compute_loss)
-        return finish(model, "fixup", snapshot, optimizers, changes, skipped, names_before)
+        return finish(model, "fixup", snapshot, optimizers, changes, skipped, before)
 
 
 def _on_branch(module: nn.Module, scales: dict[int, float], count: int, std: float) -> str:
@@ -225,9 +224,8 @@ def _check_fixup(model: nn.Module, blocks: Sequence[Branch], free: dict[int, str
 def _outputs(found: Trace) -> set[int]:
     """Return the layers behind which no further layer runs."""
     ids = set()
-    leading = {index for op in found.ops if op.kind == "layer" for p in op.parents for index in found.ancestors(p)}
     for op in found.ops:
-        if op.kind == "layer" and op.index not in leading:
+        if op.kind == "layer" and not any(found.ops[i].kind == "layer" for i in found.descendants(op.index)):
             ids.add(id(op.module))
     return ids
 
@@ -236,7 +234,7 @@ def _draw(module: nn.Module, gain: float, draw: torch.Generator | None, snapshot
     old = made_weight(module)
     fan_in, _ = fans(module, old.shape)
     value = normal(old.shape, old.dtype, gain / math.sqrt(fan_in), draw) if gain else torch.zeros_like(old)
-    snapshot.keep(module_tensors(module))
+    snapshot.keep_module(module)
     reason = set_weight(module, value)
     if reason is None:
         zero_bias(module)
@@ -259,12 +257,12 @@ def _scale(
         targets = _named(model, modules)
     else:
         targets = _found(model, branches(trace(model, batch, compute_loss)), skipped)
-    names_before = tensor_names(model)
+    before = tensor_names(model)
     with transaction() as snapshot:
         changes = [_wrap(model, snapshot, optimizers, target, 0.0) for target in targets]
         if batch is not None:
             _run_again(model, batch, compute_loss)
-        return finish(model, remedy, snapshot, optimizers, changes, skipped, names_before)
+        return finish(model, remedy, snapshot, optimizers, changes, skipped, before)
 
 
 def _run_again(model: nn.Module, batch: Any, compute_loss: Callable[[Any, Any], Any] | None) -> None:
@@ -289,16 +287,16 @@ def _found(model: nn.Module, blocks: Sequence[Branch], skipped: dict[str, str]) 
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention))
         for child in module.modules()
     }
-    scaled = {id(module.module) for module in model.modules() if isinstance(module, ScaledBranch)}
+    scaled = {id(child) for module in model.modules() if isinstance(module, ScaledBranch) for child in module.modules()}
     targets: list[nn.Module] = []
     for block in blocks:
-        name = names.get(id(block.last if block.last is not None else next(iter(block.layers), None)), "a branch")
-        if block.obstacle is not None:
+        name = names.get(id(block.last if block.last is not None else block.layers[-1]), "a branch")
+        if any(id(layer) in scaled for layer in block.layers):
+            skipped[name] = "its branch is scaled already"
+        elif block.obstacle is not None:
             skipped[name] = block.obstacle
         elif id(block.last) in inner:
             skipped[name] = "torch's transformer and attention modules read its weight directly, past any scalar"
-        elif id(block.last) in scaled:
-            skipped[name] = "it is scaled already"
         elif block.last is not None and not any(block.last is target for target in targets):
             targets.append(block.last)
     return targets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from gradguard import theory
-from gradguard.remedies._applied import Applied, Snapshot, transaction
+from gradguard.remedies._applied import Applied, Snapshot, tensor_names, transaction
 from gradguard.remedies.initialization._draw import delta_orthogonal, fans, normal, orthogonal_layer
 from gradguard.remedies.initialization._following import Following, following_by_order, following_by_trace
 from gradguard.remedies.initialization._gain import stack_gain
@@ -23,7 +24,6 @@ from gradguard.remedies.initialization._targets import (
     generator_of,
     layers_of,
     made_weight,
-    module_tensors,
     set_weight,
     zero_bias,
     zeroed,
@@ -52,18 +52,20 @@ def initialize(  # noqa: PLR0913  # all are keywords with defaults
 ) -> Applied:
     """Draw the weights of Linear and convolution layers anew, in place, and set their biases to zero.
 
-    ====================  =========================================================================================
-    ``"he"``              Gaussian of variance ``gain^2 / fan_in``.
-    ``"xavier"``          Gaussian of variance ``2 gain^2 / (fan_in + fan_out)``.
-    ``"lecun"``           Gaussian of variance ``1 / fan_in``, whatever the activation; what SELU was made for.
-    ``"orthogonal"``      Orthonormal rows or columns times the gain, each group by itself.
+    ======================  =======================================================================================
+    ``"he"``                Gaussian of variance ``gain^2 / fan_in``.
+    ``"xavier"``            Gaussian of variance ``2 gain^2 / (fan_in + fan_out)``.
+    ``"lecun"``             Gaussian of variance ``1 / fan_in``, whatever the activation; what SELU was made for.
+    ``"orthogonal"``        Orthonormal rows or columns times the gain, each group by itself.
     ``"delta-orthogonal"``  Convolutions orthogonal in the centre tap, zero elsewhere; Linear as ``"orthogonal"``.
-    ====================  =========================================================================================
+    ======================  =======================================================================================
 
-    The gain follows from the activation behind each layer, :func:`stack_gain`; a layer with none behind it, such as the
-    output layer, has gain 1. Left alone, and named in ``skipped``: frozen, tied-to-an-embedding and attention weights,
-    layers whose weight is zero at the end of a residual branch, embeddings, normalization and recurrent layers. A
-    weight that several layers share is drawn once.
+    The gain follows from the activation behind each layer, :func:`stack_gain`. The output layer, behind which no other
+    runs, has gain 1 whatever its activation, and so have layers with no activation behind them and gates (an activation
+    that is multiplied with something else). Left alone, and named in ``skipped``: frozen weights, weights tied to an
+    embedding, those of MultiheadAttention, weights of zero at the end of a residual branch, and parametrized weights
+    that cannot be set. A weight that several layers share is drawn once. Embeddings, normalization and recurrent layers
+    are not touched.
 
     Args:
         model: The model; it keeps its modules and parameters.
@@ -113,6 +115,7 @@ def initialize(  # noqa: PLR0913  # all are keywords with defaults
     layers = drop_zero_branches(layers, following, skipped, traced=batch is not None)
     gains = _gains(layers, following, 1.0 if scheme == "lecun" else gain)
     changes = []
+    before = tensor_names(model)
     with transaction() as snapshot:
         for name, module in layers:
             reason = _draw_layer(module, scheme, gains[name], draw, snapshot)
@@ -121,7 +124,7 @@ def initialize(  # noqa: PLR0913  # all are keywords with defaults
             else:
                 skipped[name] = reason
         refuse_chosen(modules, skipped)
-        return finish(model, f"{scheme}-initialization", snapshot, optimizers, changes, skipped)
+        return finish(model, f"{scheme}-initialization", snapshot, optimizers, changes, skipped, before)
 
 
 def look_behind(
@@ -152,16 +155,7 @@ def look_behind(
     if activation is None:
         return following
     known = theory.activation(activation)
-    names = list(following)
-    return {
-        name: Following(
-            activation=known if name != names[-1] else None,
-            normalized=what.normalized,
-            uses=what.uses,
-            branch_end=what.branch_end,
-        )
-        for name, what in following.items()
-    }
+    return {name: replace(what, activation=None if what.output else known) for name, what in following.items()}
 
 
 def drop_zero_branches(
@@ -199,7 +193,7 @@ def _gains(layers: Sequence[Layer], following: Mapping[str, Following], fixed: f
     gains = {}
     known = {}
     for name, _ in layers:
-        activation = following[name].activation
+        activation = None if following[name].output else following[name].activation
         if fixed is not None or activation is None:
             gains[name] = 1.0 if fixed is None else fixed
         else:
@@ -220,7 +214,7 @@ def _draw_layer(
         value = gain * make(module, old.shape, old.dtype, draw)
     else:
         value = normal(old.shape, old.dtype, _std(module, scheme, gain), draw)
-    snapshot.keep(module_tensors(module))
+    snapshot.keep_module(module)
     reason = set_weight(module, value)
     if reason is None:
         zero_bias(module)
@@ -233,7 +227,8 @@ def _std(module: nn.Module, scheme: Scheme, gain: float) -> float:
 
 
 def _words(name: str, module: nn.Module, scheme: Scheme, gain: float, behind: Following) -> str:
-    cause = f" for {behind.activation.name}" if behind.activation is not None and scheme != "lecun" else ""
+    known = scheme != "lecun" and not behind.output and behind.activation is not None
+    cause = f" for {behind.activation.name}" if behind.activation is not None and known else ""
     if scheme in {"orthogonal", "delta-orthogonal"}:
         kind = "delta-orthogonal" if scheme == "delta-orthogonal" and isinstance(module, _ConvNd) else "orthogonal"
         what = f"{kind} weight (gain {gain:.3g}{cause})"

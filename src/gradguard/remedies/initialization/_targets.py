@@ -28,7 +28,6 @@ __all__ = [
     "generator_of",
     "layers_of",
     "made_weight",
-    "module_tensors",
     "set_weight",
     "zero_bias",
     "zeroed",
@@ -156,15 +155,17 @@ def _parametrization(module: nn.Module) -> Any:
 
 
 def made_weight(module: nn.Module) -> Tensor:
-    """Return a layer's weight as it is now, past any cache of parametrized weights."""
-    made = _parametrization(module)() if parametrize.is_parametrized(module, "weight") else module._parameters["weight"]
+    """Return a layer's weight as it is now, past any cache; the buffers of a parametrization stay as they are."""
+    if not parametrize.is_parametrized(module, "weight"):
+        made = module._parameters["weight"]
+    else:
+        before = Snapshot()
+        before.keep_module(module, parameters=False)
+        with torch.no_grad():
+            made = _parametrization(module)()
+        before.restore()
     assert isinstance(made, torch.Tensor)  # noqa: S101  # layers_of lets no other pass
     return made.detach()
-
-
-def module_tensors(module: nn.Module) -> list[Tensor]:
-    """Return every parameter and buffer that setting the weight or bias of a layer may change."""
-    return [*module.parameters(), *module.buffers()]
 
 
 def set_weight(module: nn.Module, value: Tensor) -> str | None:
@@ -179,9 +180,9 @@ def set_weight(module: nn.Module, value: Tensor) -> str | None:
             return None
         kinds = ", ".join(type(p).__name__.lstrip("_") for p in _parametrization(module))
         before = Snapshot()
-        before.keep(module_tensors(module))
+        before.keep_module(module)
         try:
-            module.weight = value.to(_originals(module)[0].dtype)
+            module.weight = value.to(_originals(module)[0])
         except Exception as error:  # noqa: BLE001  # each parametrization raises what it likes
             before.restore()
             return f"its weight is parametrized ({kinds}) and cannot be set: {error}"
@@ -227,16 +228,25 @@ def generator_of(generator: Any) -> torch.Generator | None:
     raise TypeError(f"generator must be a torch.Generator, a seed or None, got {generator!r}")
 
 
-def finish(
+def finish(  # a record's fields
     model: nn.Module,
     remedy: str,
     snapshot: Snapshot,
     optimizers: Sequence[Optimizer],
     changes: Sequence[str],
     skipped: dict[str, str],
-    names_before: dict[str, Tensor] | None = None,
+    before: dict[str, Tensor],
 ) -> Applied:
     """Reset the optimizer's state for what did change, and write the record.
+
+    Args:
+        model: The model as it is now.
+        remedy: The remedy's name.
+        snapshot: What was kept of the model before it was changed.
+        optimizers: The optimizers to reset.
+        changes: What was done, in words.
+        skipped: What was left alone, and why.
+        before: Parameters and buffers by name, before the change.
 
     Raises:
         UnsupportedModelError: If nothing was changed; the message says why.
@@ -250,7 +260,6 @@ def finish(
     changed = snapshot.changed()
     after = tensor_names(model)
     snapshot.reset_state(optimizers, (p for p in model.parameters() if id(p) in changed))
-    before = after if names_before is None else names_before
     now: dict[int, list[str]] = {}
     for name, tensor in after.items():
         now.setdefault(id(tensor), []).append(name)

@@ -6,7 +6,7 @@ set and an activation counts however it is written. Layers are known by the tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,7 @@ _SHAPES = frozenset(
 )  # fmt: skip
 """Functions that move, drop or pool values and leave their scale about as it is."""
 _ATTENTION = frozenset({"multi_head_attention_forward"})
+_PRODUCTS = frozenset({"mul", "multiply", "__mul__", "__rmul__", "__imul__"})
 _SUMS = frozenset({"add", "__add__", "__radd__", "__iadd__"})
 _LINEAR = frozenset(
     {
@@ -85,9 +86,10 @@ class Op:
 
     Attributes:
         index: Position in the order of execution.
-        kind: ``"input"``, ``"layer"``, ``"activation"``, ``"norm"``, ``"shape"``, ``"sum"`` or ``"other"``.
+        kind: ``"input"``, ``"layer"``, ``"activation"``, ``"norm"``, ``"shape"``, ``"sum"``, ``"product"`` or
+            ``"other"``.
         parents: Indices of the operations whose results it takes; empty for what is made from constants.
-        operands: For a sum, the index behind each of its two operands; none if one of them is a constant.
+        operands: For a sum or product, the index behind each of its two operands; none if one of them is a constant.
         module: The module whose weight it uses, if any.
         activation: The activation, where it is one that the theory knows.
     """
@@ -123,16 +125,24 @@ class Trace:
         """Return the operations that use a module's weight."""
         return [op for op in self.ops if op.module is module]
 
+    def descendants(self, index: int) -> set[int]:
+        """Return all operations that depend on one."""
+        return _reach(index, lambda here: self.children[here]) - {index}
+
     def ancestors(self, index: int) -> set[int]:
         """Return an operation and all that it depends on."""
-        seen: set[int] = set()
-        stack = [index]
-        while stack:
-            here = stack.pop()
-            if here not in seen:
-                seen.add(here)
-                stack.extend(self.ops[here].parents)
-        return seen
+        return _reach(index, lambda here: self.ops[here].parents)
+
+
+def _reach(index: int, step: Callable[[int], Sequence[int]]) -> set[int]:
+    seen: set[int] = set()
+    stack = [index]
+    while stack:
+        here = stack.pop()
+        if here not in seen:
+            seen.add(here)
+            stack.extend(step(here))
+    return seen
 
 
 LayerCall = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -186,7 +196,7 @@ class _Recorder(TorchFunctionMode):
             index=len(self.trace.ops),
             kind=_kind(plain, module),
             parents=parents,
-            operands=self._operands(args) if plain in _SUMS else (),
+            operands=self._operands(args) if plain in _SUMS | _PRODUCTS else (),
             module=module,
             activation=_activation(plain, args, kwargs),
         )
@@ -195,7 +205,7 @@ class _Recorder(TorchFunctionMode):
             self._made[tensor] = op.index
 
     def _operands(self, args: tuple[Any, ...]) -> tuple[int, ...]:
-        """Return the operations behind two tensors that are added, none if one of them is a constant."""
+        """Return the operations behind two tensors that are added or multiplied, none if one of them is a constant."""
         pair = [self._made[v] for v in args[:2] if isinstance(v, torch.Tensor) and v in self._made]
         return tuple(pair) if len(pair) == 2 else ()
 
@@ -225,8 +235,8 @@ def _kind(name: str, module: nn.Module | None) -> str:
         return "layer"
     if name in _ACTIVATIONS:
         return "activation"
-    if name in _SUMS:
-        return "sum"
+    if name in _SUMS or name in _PRODUCTS:
+        return "sum" if name in _SUMS else "product"
     return "shape" if name in _SHAPES or name.startswith(("max_pool", "adaptive_max_pool")) else "other"
 
 
