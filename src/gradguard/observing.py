@@ -6,6 +6,7 @@ optimizer step - ``finish`` (the one transfer; a record is appended). ``discard`
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -64,7 +65,11 @@ class Observing:
         self._detectors = tuple(detectors)
         self.labels = [""] * max(1, len(self._optimizers))
         self.signals = SignalMonitor(
-            model, on_failure=on_failure, dead_patience_steps=config.dead_patience_steps, any_mode=preflight
+            model,
+            on_failure=on_failure,
+            dead_patience_steps=config.dead_patience_steps,
+            any_mode=preflight,
+            minimum_blocks=config.minimum_depth_layers,
         )
         self.gradients = GradientMonitor(model, sample_size=config.sample_size)
         self.losses = LossMonitor() if scaler is None else ScaledLossMonitor(scaler)
@@ -237,8 +242,8 @@ class Observing:
         mine, others = self._ownership(index)
         parameters = self.gradients.columns(readback, scale=parameter_scale, mine=mine, others=others)
         layers, layer_values = self.signals.columns()
-        for name in ("delta_norm", "delta_max_abs", "input_delta_norm", "input_delta_max_abs"):
-            layer_values[name] = layer_values[name] / scale
+        for place, kind in itertools.product(("delta", "input_delta", "block_delta"), ("norm", "max_abs")):
+            layer_values[f"{place}_{kind}"] = layer_values[f"{place}_{kind}"] / scale
         own = parameters["grad_norm"][mine > 0]
         scalars = {
             "grad_norm": math.hypot(*own[~np.isnan(own)]) if not np.isnan(own).all() else math.nan,
