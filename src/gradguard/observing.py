@@ -69,7 +69,6 @@ class Observing:
             on_failure=on_failure,
             dead_patience_steps=config.dead_patience_steps,
             any_mode=preflight,
-            minimum_blocks=config.minimum_depth_layers,
         )
         self.gradients = GradientMonitor(model, sample_size=config.sample_size)
         self.losses = LossMonitor() if scaler is None else ScaledLossMonitor(scaler)

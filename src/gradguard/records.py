@@ -151,7 +151,7 @@ class LayerTable:
             ``"other"``.
         derivative_bounds: Largest derivative of the activation (0.25 for a sigmoid); NaN for other modules.
         blocks: Dotted name of the block of the trunk that the module is or lies in, for instance ``"encoder.3"``; empty
-            outside of blocks, and in a model that is not stacked from at least six of them. None given means empty
+            outside of blocks, and in a model that is not stacked from at least four of them. None given means empty
             throughout.
     """
 

@@ -14,6 +14,10 @@ from gradguard.records import FloatArray, LayerTable
 __all__ = ["Stream", "stream_of", "stream_spans"]
 
 
+_FEWEST_TAPS = 3
+"""Blocks whose input has a gradient from which there is a stream. Ours: of four, the first may be given raw data."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
     """Gradient norms along the stream, one column per point, in execution order.
@@ -29,15 +33,14 @@ class Stream:
     blocks: tuple[str, ...]
 
     def live(self) -> NDArray[np.intp]:
-        """Return how many blocks had a finite gradient above 0, per observation."""
-        inputs = self.values[:, [bool(block) for block in self.blocks]]
-        return np.asarray((np.isfinite(inputs) & (inputs > 0.0)).sum(axis=1), dtype=np.intp)
+        """Return how many points had a finite gradient above 0, per observation."""
+        return np.asarray((np.isfinite(self.values) & (self.values > 0.0)).sum(axis=1), dtype=np.intp)
 
 
 def stream_of(
     table: LayerTable, taps: FloatArray, delta: FloatArray, given: FloatArray, *, minimum: int = 6
 ) -> Stream | None:
-    """Return the points between which a stacked model's gradient is compared; ``None`` below ``minimum`` blocks.
+    """Return the points between which a stacked model's gradient is compared; ``None`` below ``minimum`` points.
 
     Every block whose input has a gradient is a point; the layers inside it are none, whatever their branches do. Layers
     outside of such blocks count by themselves, at their outputs, where ``minimum`` or more with weights follow one
@@ -50,16 +53,16 @@ def stream_of(
         taps: Gradient at the inputs of blocks, shape ``[observations, rows]``; NaN in rows that begin no block.
         delta: Gradient at outputs, same shape.
         given: Gradient at inputs, same shape.
-        minimum: Blocks, or layers with weights in a row, from which there is a depth to speak of.
+        minimum: Points, or layers with weights in a row, from which there is a depth to speak of.
 
     Source: ours; over the practice half of benchmarks/clinic the largest healthy span is 1.7 decades by the inputs of
         blocks, 3.8 by the outputs of all layers.
     """
     begins = np.flatnonzero(~np.isnan(taps).all(axis=0))
     tapped = {table.blocks[row] for row in begins} - {""}
-    if len(tapped) < minimum:
+    if len(tapped) < _FEWEST_TAPS:
         return None
-    known = ~np.isnan(delta).all(axis=0)
+    known = np.asarray(~np.isnan(delta).all(axis=0), dtype=np.bool_)
     rows = [
         row
         for row, role in enumerate(table.roles)
@@ -76,12 +79,14 @@ def stream_of(
             points += [(row, "", delta[:, row]) for row in members]
         elif points:
             points += [(row, "", given[:, row]) for row in members]
+    if len(points) < minimum:
+        return None
     found, blocks, columns = zip(*points, strict=True)
     return Stream(values=np.stack(columns, axis=1), rows=found, blocks=blocks)
 
 
 def stream_spans(stream: Stream, *, minimum: int = 6) -> FloatArray:
-    """Return the supported span of each observation, shape ``[observations]``; NaN below ``minimum`` live blocks.
+    """Return the supported span of each observation, shape ``[observations]``; NaN below ``minimum`` live points.
 
     Where the blocks form several stacks of ``minimum`` or more (an encoder's and a decoder's), each is measured by
     itself as well: gradients may enter one of them from the side, past the layers that lose it. The largest span

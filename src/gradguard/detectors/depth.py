@@ -270,7 +270,7 @@ def _pace_of_blocks(record: StepRecord, config: GuardConfig) -> _Pace | None:
     if stream is None or stream.live()[0] < minimum:
         return None
     inputs = stream.values[0][[bool(block) for block in stream.blocks]]
-    return _Pace(count=int(stream.live()[0]), unit="block", gain=theil_sen_gain(inputs))
+    return _Pace(count=len(inputs), unit="block", gain=theil_sen_gain(inputs))
 
 
 def _message(

@@ -12,6 +12,10 @@ from gradguard.monitors._describe import clean_name, describe
 
 __all__ = ["Target", "is_compiled", "outermost_blocks", "targets"]
 
+_FEWEST_BLOCKS = 4
+"""Blocks from which a model is a stack. Ours: with the two layers that usually follow, four blocks give the six points
+that the depth criterion needs."""
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -33,7 +37,7 @@ class Target:
     is_block: bool = False
 
 
-def targets(model: nn.Module, *, minimum_blocks: int = 6) -> Iterator[Target]:
+def targets(model: nn.Module) -> Iterator[Target]:
     """Yield the modules to hook: blocks, leaf modules, and modules with parameters of their own.
 
     ``nn.TransformerEncoderLayer`` leaves its fast inference path as soon as a hook sits on it or on one of its modules.
@@ -41,10 +45,9 @@ def targets(model: nn.Module, *, minimum_blocks: int = 6) -> Iterator[Target]:
 
     Args:
         model: The model to observe.
-        minimum_blocks: See :func:`outermost_blocks`.
     """
     unwrap = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    blocks = {id(block) for block in outermost_blocks(model, minimum=minimum_blocks)}
+    blocks = {id(block) for block in outermost_blocks(model)}
     skipped: set[int] = set()
     fast: set[int] = set()
     around: list[tuple[nn.Module, str]] = []
@@ -67,11 +70,11 @@ def targets(model: nn.Module, *, minimum_blocks: int = 6) -> Iterator[Target]:
     yield from (Target(module, name, module) for module, name in around if fast & {id(m) for m in module.modules()})
 
 
-def outermost_blocks(model: nn.Module, *, minimum: int = 6) -> list[nn.Module]:
+def outermost_blocks(model: nn.Module, *, minimum: int = _FEWEST_BLOCKS) -> list[nn.Module]:
     """Return the blocks that a model is stacked from: modules with layers inside, two or more of them in a container.
 
-    The outermost level counts. Where it has too few (the four stages of a net whose stages hold the blocks), blocks
-    that are stacks themselves are replaced by what they hold.
+    The outermost level counts. Where it has too few (a backbone and a head in a sequence), those that are stacks
+    themselves are replaced by what they hold.
 
     Args:
         model: The model to look through.
@@ -82,9 +85,9 @@ def outermost_blocks(model: nn.Module, *, minimum: int = 6) -> list[nn.Module]:
 
     Example:
         >>> import torch
-        >>> layers = [torch.nn.TransformerEncoderLayer(4, 1) for _ in range(6)]
+        >>> layers = [torch.nn.TransformerEncoderLayer(4, 1) for _ in range(5)]
         >>> len(outermost_blocks(torch.nn.Sequential(torch.nn.Linear(2, 4), *layers)))
-        6
+        5
     """
     found = list(_stacked(model))
     while 0 < len(found) < minimum:

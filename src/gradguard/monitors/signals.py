@@ -57,7 +57,6 @@ class SignalMonitor:
         on_failure: Callable[[str, BaseException], None],
         dead_patience_steps: int = 20,
         any_mode: bool = False,
-        minimum_blocks: int = 6,
     ) -> None:
         """Prepare for a model; no hook is set before :meth:`arm`.
 
@@ -66,13 +65,11 @@ class SignalMonitor:
             on_failure: Called with a place and an exception when a hook of ours fails; the monitor is off from then on.
             dead_patience_steps: Optimizer steps over which a unit must stay inactive to be called dead.
             any_mode: Observe in evaluation mode as well; a check before the first step wants that.
-            minimum_blocks: Blocks from which a stack is the model's trunk, see :mod:`gradguard.monitors._targets`.
         """
         self._model = model
         self._on_failure = on_failure
         self._patience = dead_patience_steps
         self._any_mode = any_mode
-        self._minimum_blocks = minimum_blocks
         self._hooks = HookSet()
         self._taps: dict[tuple[int, bool], RemovableHandle] = {}
         self._fired: set[tuple[int, bool]] = set()
@@ -106,7 +103,7 @@ class SignalMonitor:
         self._ran = False
         self._fired.clear()
         self._late = []
-        found = list(targets(self._model, minimum_blocks=self._minimum_blocks))
+        found = list(targets(self._model))
         self._blocks.expect(target.name for target in found if target.is_block)
         for target in found:
             if target.late is None:
