@@ -59,7 +59,8 @@ Parameter statistics (one number per parameter and observation):
 ``underflow_fraction``  Share of sampled gradient entries below 8 x 2^-24, zeros included, as float16 computed them
                         (still scaled), where all of them lie below its normal range, 2^-14; 0 where one lies in it; NaN
                         where the gradient was not computed in float16 (an entry is no multiple of 2^-24) or has fewer
-                        than 16 sampled entries other than zero.
+                        than 16 sampled entries other than zero. In a check: share of entries that are exactly zero and
+                        are not when the loss is scaled up, measured where most entries are zero and float16 was seen.
 ``second_moment_rms``   Root of the mean of the optimizer's running mean of squares (Adam's v, bias-corrected) before
                         the step, from the sampled entries; NaN where it keeps none, as at the first step, and for
                         vectors.
