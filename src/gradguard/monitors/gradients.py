@@ -110,6 +110,7 @@ class GradientMonitor:
         self._float16: list[Counts] = []
         self._facts: list[tuple[float, float, float, float, float]] = []
         self._lr_handles: dict[int, Handle] = {}
+        self._lost: dict[int, Handle] = {}
         self.arrived = 0
         self.unreadable: tuple[str, ...] = ()
         self.table = ParameterTable()

@@ -46,6 +46,7 @@ class SignalMonitor:
         failed: Whether a hook failed, which switches the monitor off.
         eval_calls: Calls in evaluation mode during the present observation.
         backward_seen: Whether a gradient arrived during the present observation.
+        float16_seen: Whether a module returned a float16 tensor during the present observation.
     """
 
     name = "signals"
@@ -94,6 +95,7 @@ class SignalMonitor:
         self._paused = False
         self.eval_calls = 0
         self.backward_seen = False
+        self.float16_seen = False
 
     def arm(self) -> None:
         """Set the forward hooks; calling twice is harmless."""
@@ -308,6 +310,7 @@ class SignalMonitor:
         if values is None:
             return
         norm = queue_norm(self._readback, values, extremes=values.dtype in (torch.float16, torch.bfloat16))
+        self.float16_seen |= values.dtype == torch.float16
         row.forward.append(norm)
         slot = self._listen(tensor) if tensor.requires_grad else None
         if slot is not None:
