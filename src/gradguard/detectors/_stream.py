@@ -40,7 +40,7 @@ class Stream:
 def stream_of(
     table: LayerTable, taps: FloatArray, delta: FloatArray, given: FloatArray, *, minimum: int = 6
 ) -> Stream | None:
-    """Return the points between which a stacked model's gradient is compared; ``None`` below ``minimum`` points.
+    """Return the points between which a stacked model's gradient is compared; ``None`` with too few blocks.
 
     Every block whose input has a gradient is a point; the layers inside it are none, whatever their branches do. Layers
     outside of such blocks count by themselves, at their outputs, where ``minimum`` or more with weights follow one
@@ -53,7 +53,7 @@ def stream_of(
         taps: Gradient at the inputs of blocks, shape ``[observations, rows]``; NaN in rows that begin no block.
         delta: Gradient at outputs, same shape.
         given: Gradient at inputs, same shape.
-        minimum: Points, or layers with weights in a row, from which there is a depth to speak of.
+        minimum: Layers with weights in a row from which they have a depth of their own.
 
     Source: ours; over the practice half of benchmarks/clinic the largest healthy span is 1.7 decades by the inputs of
         blocks, 3.8 by the outputs of all layers.
@@ -79,8 +79,6 @@ def stream_of(
             points += [(row, "", delta[:, row]) for row in members]
         elif points:
             points += [(row, "", given[:, row]) for row in members]
-    if len(points) < minimum:
-        return None
     found, blocks, columns = zip(*points, strict=True)
     return Stream(values=np.stack(columns, axis=1), rows=found, blocks=blocks)
 
@@ -94,7 +92,7 @@ def stream_spans(stream: Stream, *, minimum: int = 6) -> FloatArray:
 
     Args:
         stream: Of a run.
-        minimum: See :func:`stream_of`.
+        minimum: Live points, and blocks of a stack, from which there is a depth to speak of.
     """
     spans = supported_spans(stream.values, minimum_layers=minimum)
     stacks = [block.rpartition(".")[0] for block in stream.blocks]

@@ -70,12 +70,14 @@ def find_underflow(history: History, config: GuardConfig) -> Sequence[Finding]:
     scale = history.scalar("loss_scale")[episode.last]
     steps = history.steps.astype(np.int64)
     share = float(total[episode.last])
+    how, note = "are 0 or have at most three bits left", "below 8 x 2^-24"
+    if history.info.preflight:
+        how, note = "are 0 and would not be with a larger loss", "0, and not where the loss is scaled up"
     return [
         make_finding(
             "GG211",
             Severity.WARNING,
-            f"float16 rounds gradients away: {percent(share)} of the entries are 0 or have at most three bits left, in "
-            f"{names_text(names)}.",
+            f"float16 rounds gradients away: {percent(share)} of the entries {how}, in {names_text(names)}.",
             step=int(steps[episode.first]),
             last_step=int(steps[episode.last]),
             layer=names[0] if names else None,
@@ -83,7 +85,7 @@ def find_underflow(history: History, config: GuardConfig) -> Sequence[Finding]:
             cause=Cause.PRECISION,
             confidence=min(0.95, 0.6 + 0.35 * share),
             evidence={
-                "share": Evidence(value=share, unit="fraction", note="of the trainable entries, below 8 x 2^-24"),
+                "share": Evidence(value=share, unit="fraction", note=f"of the trainable entries, {note}"),
                 "loss_scale": Evidence(value=float(scale), note="1 without a loss scaler"),
                 "observations": Evidence(value=episode.count, unit="observations", note="consecutive"),
                 "loss_trend": Evidence(value=str(loss.trend)),
