@@ -50,6 +50,13 @@ class Stack(nn.Module):
         return self.out(x)
 
 
+class Sum(nn.Sequential):
+    """``x + f(x)`` with a sequence as ``f``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 class Stages(nn.Module):
     """Two stages of three blocks, as vision nets have them."""
 
@@ -84,6 +91,7 @@ def taps(seen: Observation) -> dict[str, float]:
     [
         (lambda: Stack(4), [f"blocks.{index}" for index in range(4)]),
         (lambda: nn.Sequential(*(Residual() for _ in range(4))), [str(index) for index in range(4)]),
+        (lambda: nn.Sequential(*(Sum(nn.Linear(4, 4), nn.ReLU()) for _ in range(4))), list("0123")),
         (Stages, [f"stages.{stage}.blocks.{index}" for stage in range(2) for index in range(3)]),
         (
             lambda: nn.Transformer(16, 2, 2, 2, 16, batch_first=True),
@@ -91,7 +99,7 @@ def taps(seen: Observation) -> dict[str, float]:
         ),
         (lambda: TransformerClassifier(5), [f"encoder.layers.{index}" for index in range(5)]),
     ],
-    ids=["list", "sequence", "stages", "encoder and decoder", "encoder"],
+    ids=["list", "sequence", "sequences that add", "stages", "encoder and decoder", "encoder"],
 )
 def test_blocks_are_the_outermost_stack(make: Callable[[], nn.Module], names: list[str]) -> None:
     """Wherever a model keeps its blocks; stages that are too few give way to the blocks they hold."""

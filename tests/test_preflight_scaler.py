@@ -133,13 +133,17 @@ def test_a_scale_that_overflows_is_lowered_as_in_training() -> None:
 @pytest.mark.parametrize("given", [None, scaler()], ids=["without a scaler", "with a scaler"])
 def test_gradients_that_overflow_at_any_scale_are_found(given: Any) -> None:
     """Where the unscaled gradient is not finite either, the scaler excuses nothing."""
+    calls = 0
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
         return half_loss(1.0)(model, x) + (model(x) * 0.0).abs().sqrt().sum()
 
     families = {finding.family for finding in gradguard.check(net(), batch(), loss, scaler=given).findings}
 
     assert "non_finite" in families
+    assert calls == (1 if given is None else 2)
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used"])

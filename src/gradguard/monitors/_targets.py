@@ -109,7 +109,7 @@ def _stacked(module: nn.Module) -> Iterator[nn.Module]:
         child for child in module.children() if not _is_closed(child) and next(child.parameters(), None) is not None
     ]
     composite = [child for child in children if _has_layers_inside(child)]
-    stacked = isinstance(module, _CONTAINERS) and len(composite) >= 2
+    stacked = _is_container(module) and len(composite) >= 2
     for child in children:
         if stacked and child in composite:
             yield child
@@ -119,9 +119,14 @@ def _stacked(module: nn.Module) -> Iterator[nn.Module]:
 
 def _has_layers_inside(module: nn.Module) -> bool:
     """Whether this is a user's block: no container, and none of torch's layers, which may have children as well."""
-    if isinstance(module, _CONTAINERS) or next(module.children(), None) is None:
+    if _is_container(module) or next(module.children(), None) is None:
         return False
     return describe.dispatch(type(module)) is describe.dispatch(object)
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether the module only holds others: a subclass with a forward pass of its own is a block."""
+    return isinstance(module, _CONTAINERS) and type(module).forward in (nn.Sequential.forward, nn.Module.forward)
 
 
 def _is_closed(module: nn.Module) -> bool:
