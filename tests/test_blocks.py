@@ -161,6 +161,20 @@ def test_several_backward_passes_are_pooled() -> None:
     assert list(taps(seen).values()) == pytest.approx([math.sqrt(square) for square in squares], rel=1e-5)
 
 
+def test_encoder_layers_are_tapped_in_training_only() -> None:
+    """A hook on an encoder layer would switch its fast inference path off; it is set once a training pass begins."""
+    model = TransformerClassifier(5)
+    monitor = SignalMonitor(model, on_failure=reraise)
+    monitor.arm()
+    assert count_hooks(model.encoder.layers[0]) == 0
+    monitor.disarm()
+
+    seen = observe(model, lambda: classification_loss(model, digit_batch(8)).backward())
+
+    assert list(taps(seen)) == [f"encoder.layers.{index}" for index in range(5)]
+    assert count_hooks(model) == 0
+
+
 def test_every_layer_knows_its_block() -> None:
     """Rows inside a block carry its name, rows outside of blocks none."""
     model = Stack()

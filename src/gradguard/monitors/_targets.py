@@ -67,7 +67,12 @@ def targets(model: nn.Module) -> Iterator[Target]:
             yield Target(module, name, late, is_block=True)
         if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None:
             yield Target(module, name, late)
-    yield from (Target(module, name, module) for module, name in around if fast & {id(m) for m in module.modules()})
+    if fast:
+        yield from (
+            Target(module, name, module)
+            for module, name in around
+            if any(id(child) in fast for child in module.modules())
+        )
 
 
 def outermost_blocks(model: nn.Module, *, minimum: int = _FEWEST_BLOCKS) -> list[nn.Module]:
@@ -105,13 +110,11 @@ def is_compiled(module: nn.Module) -> bool:
 
 def _stacked(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost members of containers that hold at least two modules with layers inside."""
-    children = [
-        child for child in module.children() if not _is_closed(child) and next(child.parameters(), None) is not None
-    ]
-    composite = [child for child in children if _has_layers_inside(child)]
-    stacked = _is_container(module) and len(composite) >= 2
+    inside = (child for child in module.children() if not _is_closed(child))
+    children = [child for child in inside if next(child.children(), None) is not None]
+    blocks = [child for child in children if _has_layers_inside(child)] if _is_container(module) else []
     for child in children:
-        if stacked and child in composite:
+        if len(blocks) >= 2 and child in blocks:
             yield child
         else:
             yield from _stacked(child)
@@ -119,9 +122,9 @@ def _stacked(module: nn.Module) -> Iterator[nn.Module]:
 
 def _has_layers_inside(module: nn.Module) -> bool:
     """Whether this is a user's block: no container, and none of torch's layers, which may have children as well."""
-    if _is_container(module) or next(module.children(), None) is None:
+    if _is_container(module) or describe.dispatch(type(module)) is not describe.dispatch(object):
         return False
-    return describe.dispatch(type(module)) is describe.dispatch(object)
+    return next(module.parameters(), None) is not None
 
 
 def _is_container(module: nn.Module) -> bool:
