@@ -117,6 +117,13 @@ def test_a_tenth_of_the_limit_is_enough_where_the_loss_blew_up(losses: list[floa
     assert bool(find_learning_rate(history, CONFIG)) == fires
 
 
+def test_a_leap_out_of_a_loss_that_had_fallen_is_no_matter_of_the_rate() -> None:
+    """It learnt at this rate for 35 steps; one batch broke it."""
+    history = owned(run(losses=[*falling(35), 1e3, 1e9, NAN], steps=DENSE[:6]), {"update_ratio": 0.04})
+
+    assert find_learning_rate(history, CONFIG) == []
+
+
 @pytest.mark.parametrize(
     "build",
     [

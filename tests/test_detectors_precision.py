@@ -236,6 +236,24 @@ def test_a_scaler_that_never_finds_a_scale_is_told_without_a_single_step() -> No
     assert diagnosis.primary.severity is Severity.ERROR
 
 
+def test_a_scaler_that_never_finds_a_scale_is_announced_while_it_searches() -> None:
+    """No step is ever completed: the backward passes are what counts."""
+    torch.manual_seed(0)
+    model = mlp(3, init="he")
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    told: list[Finding] = []
+    with gradguard.watch(model, optimizer, scaler=scaler, on_finding=told.append, on_error="raise") as guard:
+        for step in range(45):
+            optimizer.zero_grad()
+            loss = classification_loss(model, digit_batch(8, seed=step))
+            scaler.scale(loss * math.inf).backward()
+            guard.record(loss=loss)
+            scaler.step(optimizer)
+            scaler.update()
+
+    assert [finding.code for finding in told] == ["GG213"]
+
+
 # --------------------------------------------------------------------------------------------------- what is measured
 
 

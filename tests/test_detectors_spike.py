@@ -18,6 +18,7 @@ from gradguard.detectors.divergence import find_divergence
 from gradguard.detectors.spike import find_spike
 from gradguard.findings import Cause, Finding, Severity
 from gradguard.history import History
+from gradguard.monitors.losses import LossMonitor
 from gradguard.records import FloatArray, OptimizerInfo, RunInfo, StepRecord
 from tests.histories import chain, changed, falling, run_of
 from tests.models import classification_loss, digit_batch, mlp
@@ -221,14 +222,14 @@ def test_a_loss_that_leaves_its_level_for_good_has_diverged() -> None:
     [
         [*noisy(100, 0.1), 50.0, *noisy(40, 0.1, start=0.3)],
         [*noisy(100, 0.1), *np.geomspace(3.0, 0.3, 40)],
-        [*noisy(40, 0.1), *[3.0] * 20],
+        [*noisy(20, 0.1), *[3.0] * 19],
         [*noisy(100, 0.1), *[3.0] * 12],
         [*noisy(100, 0.1), *[0.5] * 60],
         [*np.geomspace(2.3, 1e-6, 200), *[1e-2] * 60],
         [2.3 + 0.5 * math.sin(7.0 * step) for step in range(200)],
         [*noisy(100, 0.1), *[3.0] * 20, math.nan],
     ],
-    ids=["spike", "returning", "below 64", "12 only", "a restart", "converged", "no level", "not finite"],
+    ids=["spike", "returning", "below 40", "12 only", "a restart", "converged", "no level", "not finite"],
 )
 def test_what_is_no_divergence(values: list[float]) -> None:
     """A spike, a loss on its way back, too few losses, a warm restart, the wobble of a converged run."""
@@ -300,6 +301,34 @@ def test_an_outlier_batch_between_two_observations_is_named_by_its_loss() -> Non
     )
 
     assert [f.step for f in diagnosis.findings if f.code == "GG103"] == [117]
+
+
+def test_a_leap_of_the_loss_is_looked_at_and_told_at_once() -> None:
+    """A loss on the CPU is a number at once: the step of the leap is observed, although none was due until 1000."""
+    _, told = train(61, every=1000, spoil=lambda step, batch: (300.0 * batch[0], batch[1]) if step == 60 else batch)
+
+    assert [(finding.code, finding.step) for finding in told] == [("GG103", 60)]
+    assert told[0].layer is not None
+
+
+@pytest.mark.parametrize(
+    ("losses", "looked_at"),
+    [
+        ([1.0] * 30 + [50.0], [30]),
+        ([1.0] * 10 + [50.0], []),
+        ([1.0] * 30 + [5.0], []),
+        ([100.0] + [0.01] * 60 + [50.0], []),
+        ([1.0] * 30 + [50.0, 1.0] * 200, [30, 62, 126, 254]),
+        ([-1.0] * 30 + [50.0], []),
+        ([1.0, math.nan], [1]),
+    ],
+    ids=["leap", "too early", "small", "below the first", "again and again", "no level", "not finite"],
+)
+def test_which_losses_are_worth_a_look(losses: list[float], looked_at: list[int]) -> None:
+    """Far above the usual and the first; repeated leaps ever more rarely."""
+    monitor = LossMonitor()
+
+    assert [step for step, loss in enumerate(losses) if monitor.is_alarming(loss)] == looked_at
 
 
 @pytest.mark.parametrize(("size", "lr"), [(32, 0.05), (2, 0.01), (1, 0.005)])

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradguard
 from gradguard import GradGuardWarning
+from gradguard._alerts import Alerts
 from gradguard.errors import UnhealthyGradientsError, UnsupportedModelError
-from gradguard.findings import Finding
+from gradguard.findings import Finding, Severity
 from gradguard.guard import Guard
 from tests.driving import count_hooks
 from tests.models import (
@@ -450,6 +451,27 @@ def test_sick_run_warns_once_and_reports() -> None:
     assert diagnosis.primary.code == "GG101"
     assert diagnosis.primary.step == 0
     assert diagnosis.healthy is False
+
+
+def test_an_illness_that_comes_and_goes_is_not_told_each_time() -> None:
+    """Twice within ``every`` steps is once; later it is news again."""
+
+    def ill(resolved: int | None) -> Finding:
+        return Finding(
+            code="GG202",
+            name="non-finite-forward",
+            family="non_finite",
+            severity=Severity.ERROR if resolved is None else Severity.INFO,
+            message="",
+            step=0,
+            last_step=0,
+            resolved_step=resolved,
+        )
+
+    alerts = Alerts(gradguard.GuardConfig(every=100))
+    told = [len(alerts.news([ill(step if step % 10 else None)], step)) for step in (0, 5, 10, 15, 90, 95, 100, 105)]
+
+    assert told == [1, 0, 0, 0, 0, 0, 1, 0]
 
 
 def test_healthy_run_is_silent() -> None:

@@ -50,24 +50,31 @@ class Alerts:
             config: Its ``on_finding`` says what announcing means.
         """
         self._action = config.on_finding
-        self._announced: set[tuple[str, str]] = set()
+        self._quiet_steps = config.every
+        self._standing: set[tuple[str, str]] = set()
+        self._told: dict[tuple[str, str], int] = {}
 
-    def news(self, findings: Iterable[Finding]) -> list[Finding]:
+    def news(self, findings: Iterable[Finding], step: int) -> list[Finding]:
         """Return the illnesses at ``WARNING`` or above that were not announced since they last began.
 
-        What follows from an illness is not announced beside it.
+        What follows from an illness is not announced beside it, and one that comes and goes not twice within ``every``
+        steps.
 
         Args:
             findings: Findings whose consequences are linked to their causes.
+            step: Step that was observed last.
         """
         new = []
         for finding in findings:
             key = (finding.code, finding.optimizer)
             if not finding.standing:
-                self._announced.discard(key)
-            elif finding.consequence_of is None and finding.severity >= Severity.WARNING and key not in self._announced:
-                self._announced.add(key)
-                new.append(finding)
+                self._standing.discard(key)
+            elif finding.consequence_of is None and finding.severity >= Severity.WARNING and key not in self._standing:
+                self._standing.add(key)
+                told = self._told.get(key)
+                if told is None or step - told >= self._quiet_steps:
+                    self._told[key] = step
+                    new.append(finding)
         return new
 
     def tell(self, finding: Finding) -> None:

@@ -54,21 +54,18 @@ class Pass:
 class Passes:
     """Passes of one model on one batch, by ``torch.autograd.grad``: nothing of the user's fires or moves."""
 
-    def __init__(
-        self, model: nn.Module, batch: Any, compute_loss: Callable[[Any, Any], Any], *, devices: Iterable[int] = ()
-    ) -> None:
+    def __init__(self, model: nn.Module, batch: Any, compute_loss: Callable[[Any, Any], Any]) -> None:
         """Prepare, and note the random states.
 
         Args:
             model: See :func:`gradguard.check`.
             batch: See :func:`gradguard.check`.
             compute_loss: See :func:`gradguard.check`.
-            devices: Indices of the CUDA devices whose random states count.
         """
         self._model = model
         self._batch = batch
         self._compute_loss = compute_loss
-        self._devices = tuple(devices)
+        self._devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
         self._states = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002  # the user's global state is meant
         self._device_states = [torch.cuda.get_rng_state(index) for index in self._devices]
 

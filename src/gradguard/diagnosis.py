@@ -54,6 +54,7 @@ _FOLLOWS = {
     ),
     "GG503": frozenset({"GG502"}),
     "GG504": frozenset({"GG502", "GG503"}),
+    "GG505": frozenset({"GG102", "GG103", "GG202", "GG203", "GG204", "GG703"}),
     "GG602": frozenset({"GG502"}),
 }
 """What each illness can bring about, where it came first. Source: ours, architecture.md, section 2."""

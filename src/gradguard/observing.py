@@ -200,6 +200,7 @@ class Observing:
 
     def findings(self) -> tuple[Finding, ...]:
         """Judge the history as it is now: root causes first, each followed by its consequences."""
+        self.drain_losses()
         return link_findings(run_detectors(self.history, self._config, self._detectors))
 
     def diagnose(self, *, steps: int, batches: int, overhead: float) -> Diagnosis:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from gradguard._arguments import check_model, check_optimizers, check_scaler, has_lazy_parameters
 from gradguard._passes import Passes
+from gradguard._untouched import untouched
 from gradguard.config import GuardConfig
 from gradguard.errors import GradGuardError, UnsupportedModelError
 from gradguard.findings import Diagnosis
@@ -95,10 +93,9 @@ def check(
             "check() needs gradients, and torch.inference_mode() rules them out; call it outside of it"
         )
     observing = Observing(model, optimizers, settings, on_failure=_raise, preflight=True)
-    with _untouched(model):
+    with untouched(model):
         try:
-            passes = Passes(model, batch, compute_loss, devices=_cuda_devices(model))
-            _observe(observing, model, passes, scaler, settings)
+            _observe(observing, model, Passes(model, batch, compute_loss), scaler, settings)
         finally:
             observing.close()
     return observing.diagnose(steps=0, batches=1, overhead=float("nan"))
@@ -138,33 +135,3 @@ def _missing(model: nn.Module, gradients: Mapping[int, Tensor]) -> bool:
 def _raise(place: str, error: BaseException) -> None:
     error.add_note(f"while gradguard.check was in {place}")
     raise error
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put back buffers, random states and modes as they were, also after an exception."""
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    modes = [(module, module.training) for module in model.modules()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  # the user's global state is meant
-    try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002  # as above
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                if buffer is not None and before is not None and not torch.equal(buffer, before):
-                    buffer.copy_(before)
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

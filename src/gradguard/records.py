@@ -185,6 +185,7 @@ class ParameterTable:
         layers: Dotted name of the owning module, per row.
         sizes: Number of entries.
         dims: Number of dimensions.
+        outputs: Size of the first dimension, the units that a Linear or Conv leads to; 0 where unknown.
     """
 
     names: tuple[str, ...] = ()
@@ -192,9 +193,13 @@ class ParameterTable:
     layers: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
     dims: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {len(self.names), len(self.aliases), len(self.layers), len(self.sizes), len(self.dims)}
+        if not self.outputs:
+            object.__setattr__(self, "outputs", (0,) * len(self.names))
+        lengths.add(len(self.outputs))
         if len(lengths) > 1:
             raise ValueError(f"the columns of a ParameterTable must have one length, got {sorted(lengths)}")
 

@@ -227,7 +227,7 @@ _CATALOGUE = (
         "loss-divergence",
         "divergence",
         "The loss has left its level and does not return",
-        "64 steps with a recorded loss",
+        "40 steps with a recorded loss",
     ),
     _rule(
         "GG601",

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from gradguard.config import GuardConfig
+from gradguard.detectors._exclusions import with_exclusions
 from gradguard.detectors.clipping import find_clipping
 from gradguard.detectors.dead_units import find_dead_units
 from gradguard.detectors.depth import find_depth
@@ -99,7 +100,8 @@ def run_detectors(
     for part in parts:
         label = _label(part) if len(parts) > 1 else ""
         for detector in detectors:
-            found = [finding for finding in detector(part, config) if config.wants(finding.code)]
+            wanted = (finding for finding in detector(part, config) if config.wants(finding.code))
+            found = [with_exclusions(part, config, finding) for finding in wanted]
             findings.extend(replace(finding, optimizer=label) if label else finding for finding in found)
     return findings
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from gradguard.detectors._attribution import theory_evidence
 from gradguard.detectors._depth import TRUNK_ROLES, power
 from gradguard.detectors._numbers import column, finite_median, signal
 from gradguard.findings import Cause, Evidence
@@ -102,6 +103,7 @@ def explain_depth(record: StepRecord, rows: NDArray[np.intp], span: float) -> Ex
             value=power(-culprit.lost), unit="ratio", note=f"gradient at the input of {name} over that at its output"
         )
         return Explanation(cause=_cause_of_module(record, culprit), layer=name, single=True, evidence=evidence)
+    evidence |= theory_evidence(record, rows)
     cause = _common_cause(record, evidence, trunk_rows, span, sign)
     return Explanation(cause=cause, layer=_typical(record, trunk_rows), single=False, evidence=evidence)
 

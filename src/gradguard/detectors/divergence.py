@@ -13,8 +13,8 @@ from gradguard.history import History
 
 __all__ = ["find_divergence"]
 
-_MINIMUM = 64
-"""Losses needed. Ours: a level of 16 of them, a rise, and 16 that stay there."""
+_MINIMUM = 40
+"""Losses needed. Ours: a level of 8 of them, a rise, and 16 that stay there."""
 
 _LASTING = 16
 """Losses for which it must stay away. Ours: a spike is back within a few."""
@@ -44,7 +44,7 @@ def find_divergence(history: History, config: GuardConfig) -> Sequence[Finding]:
     not finite: GG201 to GG204 tell that.
 
     Args:
-        history: Records of one optimizer, oldest first; needs 64 losses.
+        history: Records of one optimizer, oldest first; needs 40 losses.
         config: Thresholds.
 
     Source: ours. A loss that is scaled by a positive factor gets the same verdict.

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradguard.config import GuardConfig
+from gradguard.detectors._attribution import weight_deviations, wished_deviation
 from gradguard.detectors._culprit import explain_depth
 from gradguard.detectors._depth import theil_sen_gain, trunk, weight_layers
 from gradguard.detectors._finding import make_finding
-from gradguard.detectors._numbers import column, finite_median, parameter_column, signal
+from gradguard.detectors._numbers import column, finite_median, signal
 from gradguard.detectors.depth import observed_spans
 from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
 from gradguard.records import StepRecord
-from gradguard.theory import critical_gain
 
 __all__ = ["find_poor_initialization"]
 
@@ -103,32 +103,11 @@ def _evidence(record: StepRecord, layers: list[int], gain: float, activation: st
     usable = np.array([ratio for ratio in passed if np.isfinite(ratio)])
     if usable.size:
         evidence["forward_gain"] = Evidence(value=float(np.median(usable)), unit="ratio", note="output over output")
-    deviation = _weight_deviation(record, layers)
-    wanted = _critical(activation)
+    deviations = weight_deviations(record)
+    deviation = finite_median(np.array([deviations.get(record.layers.names[row], math.nan) for row in layers]))
+    wanted = wished_deviation(activation) if activation else math.nan
     if not math.isnan(deviation):
         evidence["weight_deviation"] = Evidence(value=deviation, note="of the weights, times the root of fan-in")
-    if wanted is not None:
+    if not math.isnan(wanted):
         evidence["critical_deviation"] = Evidence(value=wanted, note=f"keeps the gradient's size with {activation}")
     return evidence
-
-
-def _weight_deviation(record: StepRecord, layers: list[int]) -> float:
-    """Return the median of sigma_w, the weights' deviation times the root of fan-in; fan-out is the bias's size."""
-    table, norms = record.parameters, parameter_column(record, "weight_norm")
-    names = {record.layers.names[row] for row in layers}
-    outputs = {
-        layer: size for layer, size, dims in zip(table.layers, table.sizes, table.dims, strict=True) if dims == 1
-    }
-    found = [
-        float(norms[row]) / math.sqrt(outputs[layer])
-        for row, (layer, dims) in enumerate(zip(table.layers, table.dims, strict=True))
-        if dims >= 2 and layer in names and outputs.get(layer, 0) > 0
-    ]
-    return finite_median(np.array(found)) if found else math.nan
-
-
-def _critical(activation: str) -> float | None:
-    try:
-        return critical_gain(activation) if activation else None
-    except (TypeError, ValueError):
-        return None

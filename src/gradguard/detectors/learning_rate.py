@@ -9,8 +9,9 @@ import numpy as np
 from gradguard.config import GuardConfig
 from gradguard.detectors._episodes import Episode, last_episode
 from gradguard.detectors._finding import make_finding
-from gradguard.detectors._loss import BLOW_UP, LossProgress, Trend, loss_growth, loss_progress
+from gradguard.detectors._loss import BLOW_UP, LossProgress, Trend, judge_losses, loss_growth, loss_progress
 from gradguard.detectors._numbers import power_of_ten
+from gradguard.detectors._spikes import leap
 from gradguard.detectors._updates import matrix_ratios, ratio_quantile
 from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
@@ -68,6 +69,9 @@ def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Find
         return None
     losses, loss = history.losses[1], loss_progress(history)
     blown = bool(losses.size and not np.isfinite(losses[-1])) or not np.isfinite(_last_weights(history)).all()
+    at = leap(losses) if blown else None
+    if at is not None and judge_losses(losses[:at], classes=history.info.classes).trend is Trend.FALLEN:
+        return None  # it learnt at this rate until one bad batch came: GG103
     if blown and loss_growth(losses) > BLOW_UP:
         limit *= _BLOWN_SHARE
     episode = last_episode(medians > limit, known=known, patience=1 if blown else config.update_patience)

@@ -78,7 +78,7 @@ def _independent_loss(history: History) -> Finding:
 
 def _zeros(history: History, config: GuardConfig) -> list[Finding]:
     if not (history.layer("delta_norm") == 0.0).any():
-        return []
+        return _zero_parameters(history, config)
     patterns = [zero_pattern(record) for record in history.records]
     found = (
         _cut_off(history, config, patterns),
@@ -165,6 +165,35 @@ def _zero_everywhere(history: History, config: GuardConfig, patterns: list[Zeros
         confidence=0.8,
         evidence={"zero_layers": Evidence(value=len(patterns[episode.last].rows), unit="layers")},
     )
+
+
+def _zero_parameters(history: History, config: GuardConfig) -> list[Finding]:
+    """Every parameter's gradient is zero and none reached a layer: the loss holds them times zero, and nothing else."""
+    norms = history.parameter("grad_norm")
+    known = ~np.isnan(norms)
+    unseen = np.isnan(history.layer("delta_norm")).all(axis=1)
+    mask = np.asarray(known.any(axis=1) & ((norms == 0.0) | ~known).all(axis=1) & unseen, dtype=np.bool_)
+    if not mask.any() or not len(history.layers):
+        return []
+    episode = last_episode(mask, patience=1 if history.info.preflight else config.growth_patience)
+    if episode is None or not episode.standing or loss_progress(history).trend is Trend.FALLEN:
+        return []
+    names = history.parameters.names
+    steps = history.steps.astype(np.int64)
+    return [
+        make_finding(
+            "GG104",
+            Severity.ERROR,
+            f"The gradient of each of {len(names)} parameters is exactly zero, and none reaches the output of a layer: "
+            "the loss is cut off from the model.",
+            step=int(steps[episode.first]),
+            last_step=int(steps[episode.last]),
+            layers=names,
+            cause=Cause.WIRING,
+            confidence=0.9,
+            evidence={"parameters": Evidence(value=len(names), unit="parameters")},
+        )
+    ]
 
 
 def _dead_branch(history: History, config: GuardConfig, patterns: list[Zeros]) -> Finding | None:

@@ -267,6 +267,7 @@ class GradientMonitor:
             layers=tuple(p.layer for p in self._parameters),
             sizes=sizes,
             dims=tuple(p.parameter.ndim for p in self._parameters),
+            outputs=tuple(p.parameter.shape[0] if p.parameter.ndim else 0 for p in self._parameters),
         )
 
     def _take_samples(self, gradients: list[Tensor | None]) -> Iterator[_Samples]:

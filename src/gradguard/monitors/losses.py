@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 
 __all__ = ["LossMonitor"]
 
+_LEAP = 10.0
+"""Times the usual loss, and the first, above which a step is looked at. Source: ours, the "far" of GG103."""
+
+_SETTLED = 25
+"""Losses before a leap means anything. Source: ours, ``spike_minimum`` of GG103."""
+
+_MEMORY = 0.9
+"""Weight of the past in the usual loss, a running geometric mean. Ours: a memory of ten steps."""
+
 _NODES_LOOKED_AT = 16
 """Operations next to the loss among which a cross-entropy is looked for. Ours: a weighted sum of a few losses."""
 
@@ -30,6 +39,34 @@ class LossMonitor:
         """Start with no loss."""
         self._waiting: list[tuple[int, int, Tensor | float]] = []
         self.cross_entropy: bool | None = None
+        self._seen = 0
+        self._usual = 0.0
+        self._first = -math.inf
+        self._next_leap = 0
+
+    def is_alarming(self, loss: float) -> bool:
+        """Take a known loss; return whether the step is worth a look: not finite, or far out of line.
+
+        After a leap the next one counts when twice as many losses have been seen, so that a loss that leaps all the
+        time costs next to nothing.
+
+        Args:
+            loss: Loss of this step.
+        """
+        if not math.isfinite(loss):
+            return True
+        if loss <= 0.0:
+            return False
+        self._seen += 1
+        level = math.log(loss)
+        leapt = self._seen > _SETTLED and level > math.log(_LEAP) + max(self._usual, self._first)
+        if self._first == -math.inf:
+            self._first = self._usual = level
+        self._usual += (1.0 - _MEMORY) * (min(level, self._usual + 1.0) - self._usual)
+        if not leapt or self._seen < self._next_leap:
+            return False
+        self._next_leap = 2 * self._seen
+        return True
 
     def learn(self, loss: Tensor) -> None:
         """Look once at how a loss was computed: whether it is a cross-entropy over classes."""

@@ -12,7 +12,7 @@ from gradguard.findings import Finding, Prescription, RunSummary, Severity
 from gradguard.report._code import wrap_code
 from gradguard.report._cures import Trials, trials, untried
 from gradguard.report._lines import elide, flow, hang, pad, wrap
-from gradguard.report._story import SHOW_ALL, Illness, because, consequence_text, headline, where
+from gradguard.report._story import SHOW_ALL, Illness, because, consequence_text, headline, theory, where
 
 __all__ = ["Manner", "illness_lines", "remark_lines"]
 
@@ -75,6 +75,7 @@ def illness_lines(illness: Illness, summary: RunSummary, manner: Manner, *, say:
     yield from _labelled("where", wrap(where(finding, show_all=manner.show_all), width))
     cause, evidence = because(finding, show_all=manner.show_all)
     yield from _labelled("because", wrap(Text.assemble((cause, "bold"), f": {evidence}" if evidence else ""), width))
+    yield from _labelled("theory", wrap(told, width) if (told := theory(finding)) else [])
     ruled_out = [f"{item.cause.value} ({item.reason})" for item in finding.ruled_out]
     yield from _labelled("ruled out", flow(ruled_out, width, manner.separator))
     yield from _labelled("follows", _following(illness, summary, manner))

@@ -20,6 +20,7 @@ __all__ = [
     "remarks",
     "result_items",
     "status",
+    "theory",
     "title",
     "unobserved_texts",
     "when",
@@ -32,8 +33,13 @@ SHOW_ALL = "show_all=True"
 _EVIDENCE_SHOWN = 6
 """Pieces of evidence per finding, unless everything is shown. Ours: more are read by nobody."""
 
-_SHOWN_ELSEWHERE = frozenset({"span", "gain_per_layer", "layers", "first_delta", "last_delta", "activation"})
-"""Evidence that the verdict or the table of layers shows already."""
+_SHOWN_ELSEWHERE = frozenset(
+    {
+        *("span", "gain_per_layer", "layers", "first_delta", "last_delta", "activation"),
+        *("predicted_gain", "sigma_w", "critical_sigma_w", "layers_per_decade"),
+    }
+)
+"""Evidence that the verdict, the table of layers or the line on theory shows already."""
 
 
 @dataclass(slots=True)
@@ -164,6 +170,30 @@ def because(finding: Finding, *, show_all: bool = False) -> tuple[str, str]:
     cause = "not known" if finding.cause is Cause.UNKNOWN else finding.cause.value
     shown = {name: item for name, item in finding.evidence.items() if show_all or name not in _SHOWN_ELSEWHERE}
     return cause, "; ".join(evidence_texts(shown)[: None if show_all else _EVIDENCE_SHOWN])
+
+
+def theory(finding: Finding) -> str:
+    """Return what mean-field theory makes of the reader's own numbers; empty where it says nothing of this finding."""
+    predicted, measured_gain = _value(finding, "predicted_gain"), _value(finding, "gain_per_layer")
+    weights, slope = _value(finding, "sigma_w"), _value(finding, "derivative_mean")
+    if math.isnan(predicted + measured_gain + weights):
+        return ""
+    kind = finding.evidence.get("activation")
+    name = f"{kind.value}'s slope" if kind is not None else "the activation's slope"
+    made_of = f"weights of scale {weights:.3g}" + ("" if math.isnan(slope) else f" times {name} of {slope:.3g}")
+    text = f"{made_of} should pass {predicted:.3g} per layer, and {measured_gain:.3g} was measured"
+    per_decade = _value(finding, "layers_per_decade")
+    if per_decade < math.inf:
+        text += f": a factor of 10 every {per_decade:.2g} layers"
+    wished = _value(finding, "critical_sigma_w")
+    if not math.isnan(wished):
+        return f"{text}; a scale of {wished:.3g} would keep the gradient's size"
+    return text if math.isnan(slope) else f"{text}; no usual scale of weights makes up for such a slope"
+
+
+def _value(finding: Finding, name: str) -> float:
+    item = finding.evidence.get(name)
+    return math.nan if item is None or isinstance(item.value, str) else float(item.value)
 
 
 def consequence_text(finding: Finding, root: Finding, summary: RunSummary) -> str:

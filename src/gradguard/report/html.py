@@ -35,6 +35,7 @@ from gradguard.report._story import (
     remarks,
     result_items,
     status,
+    theory,
     title,
     unobserved_texts,
     where,
@@ -127,6 +128,7 @@ def _illness(illness: Illness, diagnosis: Diagnosis, *, say: bool, show_all: boo
     yield _entry("what", finding.message if say else "")
     yield _entry("where", where(finding, show_all=show_all))
     yield _entry("because", f"{cause}: {evidence}" if evidence else cause)
+    yield _entry("theory", theory(finding))
     yield _entry("ruled out", " · ".join(f"{item.cause.value} ({item.reason})" for item in finding.ruled_out))
     yield _term("follows", "<br>".join(_text(text) for text in following))
     yield _term("cures", "".join(_cures(finding, show_all=show_all)))
