@@ -165,6 +165,7 @@ def _check(job: Job) -> dict[str, Any]:
             job.batch(0),
             lambda model, batch: _loss_for_check(job, model, batch),
             optimizer=job.optimizers if len(job.optimizers) > 1 else job.optimizers[0],
+            scaler=job.scaler,
         )
     except Exception as error:  # noqa: BLE001  # the score says which checks failed, and how
         return {"check_error": f"{type(error).__name__}: {error}"}

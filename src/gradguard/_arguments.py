@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from gradguard.errors import UnsupportedModelError
 from gradguard.monitors.gradients import find_parameters
 
-__all__ = ["check_model", "check_optimizers", "has_lazy_parameters"]
+__all__ = ["check_model", "check_optimizers", "check_scaler", "has_lazy_parameters"]
 
 
 def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
@@ -31,6 +31,19 @@ def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple
                 "For an optimizer of another kind pass none, and call guard.step() after each update"
             )
     return unwrapped
+
+
+def check_scaler(scaler: Any) -> None:
+    """Refuse what is no loss scaler; ``None`` stands for none.
+
+    Raises:
+        TypeError: If it has no ``is_enabled`` or no ``get_scale``.
+    """
+    if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("is_enabled", "get_scale")):
+        raise TypeError(
+            f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}. Pass the scaler itself, not "
+            "its scale"
+        )
 
 
 def _unwrap(optimizer: Any) -> Any:

@@ -80,7 +80,7 @@ class GuardConfig:
     ignore: tuple[str, ...] = ()
     on_finding: Literal["warn", "raise", "silent"] | Callable[[Finding], object] = "warn"
     on_error: Literal["warn", "raise"] = "warn"
-    history_capacity: int = _number(256, unit="observations", low=96, source="Ours: 32 KiB per layer at most")
+    history_capacity: int = _number(256, unit="observations", low=96, source="Ours: 36 KiB per layer at most")
     sample_size: int = _number(
         4096, unit="entries", low=16, source="Ours: relative error of a sampled norm is about 1/sqrt(2n), 1 % at 4096"
     )

@@ -58,7 +58,7 @@ class History:
     """Observations of a run, oldest first, by statistic name.
 
     Memory is bounded whatever the run's length. At most ``capacity`` observations are kept: the first 32, the newest
-    third, and evenly spaced ones in between. At the default capacity of 256 a layer costs at most 32 KiB
+    third, and evenly spaced ones in between. At the default capacity of 256 a layer costs at most 36 KiB
     (``capacity * len(LAYER_STATISTICS) * 8`` bytes) and a parameter 20 KiB (the same with ``PARAMETER_STATISTICS``).
     Losses, recorded at every step and kept in the same way, cost at most 600 KiB in all.
 

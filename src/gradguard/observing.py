@@ -6,6 +6,7 @@ optimizer step - ``finish`` (the one transfer; a record is appended). ``discard`
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -64,7 +65,10 @@ class Observing:
         self._detectors = tuple(detectors)
         self.labels = [""] * max(1, len(self._optimizers))
         self.signals = SignalMonitor(
-            model, on_failure=on_failure, dead_patience_steps=config.dead_patience_steps, any_mode=preflight
+            model,
+            on_failure=on_failure,
+            dead_patience_steps=config.dead_patience_steps,
+            any_mode=preflight,
         )
         self.gradients = GradientMonitor(model, sample_size=config.sample_size)
         self.losses = LossMonitor() if scaler is None else ScaledLossMonitor(scaler)
@@ -113,6 +117,8 @@ class Observing:
         before_clipping: bool,
         gradient_of: Callable[[nn.Parameter], Tensor | None] | None = None,
         sample: bool = True,
+        loss_scale: Tensor | None = None,
+        lost: Mapping[int, Tensor] | None = None,
     ) -> bool:
         """Queue the statistics of gradients and weights; return whether any gradient was there.
 
@@ -120,6 +126,8 @@ class Observing:
             before_clipping: Whether the caller has not clipped yet.
             gradient_of: Where a parameter's gradient is; by default in its ``.grad``.
             sample: Whether an update will follow that is worth measuring.
+            loss_scale: Factor in all of these gradients, 0-d, where the caller has scaled the loss by himself.
+            lost: Share of entries that float16 rounded to zero, 0-d, by ``id(parameter)``, where the caller knows it.
         """
         scaled = [self._is_scaled(optimizer) for optimizer in self._optimizers]
         self.gradients.read(
@@ -129,6 +137,7 @@ class Observing:
             sample=sample,
             state_of=self._state_of if self._optimizers else None,
             divided_by=None if any(scaled) else self._loss_scale(),
+            lost=lost,
         )
         if self.gradients.arrived == 0 and not self.history.info.preflight:
             return False
@@ -141,7 +150,8 @@ class Observing:
         self._read = True
         self._before_clipping = before_clipping
         self._scaled = scaled
-        scale = self._loss_scale()
+        self._all_scaled = loss_scale is not None
+        scale = loss_scale if loss_scale is not None else self._loss_scale()
         self._scale = None if scale is None else self._readback.put(scale)
         return True
 
@@ -226,6 +236,7 @@ class Observing:
         self._read = False
         self._before_clipping = True
         self._scaled = []
+        self._all_scaled = False
         self._scale = None
         self._at_step = []
         self._at_step_scaled = False
@@ -234,12 +245,13 @@ class Observing:
     def _record(self, index: int | None, step: int, batch: int, cost_s: float) -> StepRecord:
         readback = self._readback
         scale = 1.0 if self._scale is None else readback.value(self._scale)
-        parameter_scale = scale if index is not None and any(self._scaled[index : index + 1]) else 1.0
+        scaled = self._all_scaled or (index is not None and any(self._scaled[index : index + 1]))
+        parameter_scale = scale if scaled else 1.0
         mine, others = self._ownership(index)
         parameters = self.gradients.columns(readback, scale=parameter_scale, mine=mine, others=others)
         layers, layer_values = self.signals.columns()
-        for name in ("delta_norm", "delta_max_abs", "input_delta_norm", "input_delta_max_abs"):
-            layer_values[name] = layer_values[name] / scale
+        for place, kind in itertools.product(("delta", "input_delta", "block_delta"), ("norm", "max_abs")):
+            layer_values[f"{place}_{kind}"] = layer_values[f"{place}_{kind}"] / scale
         own = parameters["grad_norm"][mine > 0]
         scalars = {
             "grad_norm": math.hypot(*own[~np.isnan(own)]) if not np.isnan(own).all() else math.nan,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from gradguard._arguments import check_model, check_optimizers, has_lazy_parameters
+from gradguard._arguments import check_model, check_optimizers, check_scaler, has_lazy_parameters
+from gradguard._passes import Passes
 from gradguard._untouched import untouched
 from gradguard.config import GuardConfig
 from gradguard.errors import GradGuardError, UnsupportedModelError
@@ -32,6 +33,7 @@ def check(
     compute_loss: Callable[[Any, Any], Any],
     *,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    scaler: Any = None,
     config: GuardConfig | None = None,
     **overrides: Any,
 ) -> Diagnosis:
@@ -47,9 +49,12 @@ def check(
         batch: What ``compute_loss`` takes as its second argument.
         compute_loss: Called as ``compute_loss(model, batch)``; returns the scalar loss, or a mapping with ``"loss"``.
             It is called once, and up to three times more where a parameter gets no gradient, to tell a block that was
-            skipped by chance from one that is cut off.
+            skipped by chance from one that is cut off. Where float16 overflows at the scaler's scale, or leaves most
+            gradients exactly zero, it is called again with other scales and the same random numbers.
         optimizer: The optimizer or optimizers to be used, if known: levels differ between SGD and Adam, and parameters
             that no optimizer holds are found.
+        scaler: The ``torch.amp.GradScaler`` of the loop, if there is one: the loss is multiplied by its scale, halved
+            as long as gradients overflow, and gradients are reported without it. The scaler itself is only read.
         config: Thresholds; defaults otherwise.
         **overrides: Fields of :class:`gradguard.GuardConfig` by name, for instance ``select="GG101"``.
 
@@ -73,6 +78,7 @@ def check(
     settings = (config if config is not None else GuardConfig()).with_overrides(**overrides)
     optimizers = check_optimizers(optimizer)
     check_model(model, optimizers)
+    check_scaler(scaler)
     if has_lazy_parameters(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has lazy parameters without a shape yet, and checking it would give them one. "
@@ -89,22 +95,37 @@ def check(
     observing = Observing(model, optimizers, settings, on_failure=_raise, preflight=True)
     with untouched(model):
         try:
-            observing.arm()
-            with torch.enable_grad():
-                loss = _scalar_loss(_call(compute_loss, model, batch))
-                gradients = _gradients(model, loss)
-                for _ in range(_FURTHER_LOOKS):
-                    if not _missing(model, gradients):
-                        break
-                    again = _gradients(model, _scalar_loss(_call(compute_loss, model, batch)))
-                    gradients = {**again, **gradients}
-            with torch.no_grad():
-                observing.losses.note(loss.detach().float(), step=0, optimizer=0)
-                observing.read(before_clipping=True, gradient_of=lambda p: gradients.get(id(p)), sample=False)
-                observing.finish(None, 0, batch=0)
+            _observe(observing, model, Passes(model, batch, compute_loss), scaler, settings)
         finally:
             observing.close()
     return observing.diagnose(steps=0, batches=1, overhead=float("nan"))
+
+
+def _observe(observing: Observing, model: nn.Module, passes: Passes, scaler: Any, config: GuardConfig) -> None:
+    """Make the one observation of a check."""
+    observing.arm()
+    with torch.enable_grad():
+        seen = passes.as_trained(scaler, forget=observing.discard)
+        float16_seen = observing.signals.float16_seen
+        gradients = dict(seen.gradients)
+        for _ in range(_FURTHER_LOOKS):
+            if not _missing(model, gradients):
+                break
+            gradients = {**passes.take(seen.scale).gradients, **gradients}
+        lost: dict[int, Tensor] = {}
+        if float16_seen and seen.is_finite and seen.zero_share() >= config.underflow_fraction:
+            observing.signals.pause()
+            lost = passes.lost_to_float16(seen)
+    with torch.no_grad():
+        observing.losses.note(seen.loss.float(), step=0, optimizer=0)
+        observing.read(
+            before_clipping=True,
+            gradient_of=lambda p: gradients.get(id(p)),
+            sample=False,
+            loss_scale=None if seen.scale == 1.0 else torch.tensor(seen.scale),
+            lost=lost,
+        )
+        observing.finish(None, 0, batch=0)
 
 
 def _missing(model: nn.Module, gradients: Mapping[int, Tensor]) -> bool:
@@ -114,42 +135,3 @@ def _missing(model: nn.Module, gradients: Mapping[int, Tensor]) -> bool:
 def _raise(place: str, error: BaseException) -> None:
     error.add_note(f"while gradguard.check was in {place}")
     raise error
-
-
-def _call(compute_loss: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
-    try:
-        return compute_loss(model, batch)
-    except Exception as error:
-        error.add_note("raised by compute_loss(model, batch) as called by gradguard.check; the model is as it was")
-        raise
-
-
-def _scalar_loss(value: Any) -> Tensor:
-    loss = value.get("loss") if isinstance(value, Mapping) else value
-    if not isinstance(loss, torch.Tensor):
-        raise TypeError(
-            f"compute_loss must return a scalar tensor, or a mapping with one under 'loss', got {type(value).__name__}"
-        )
-    if loss.numel() != 1:
-        raise ValueError(
-            f"compute_loss must return a scalar, got a tensor of shape {tuple(loss.shape)}; "
-            "reduce it, for instance by .mean()"
-        )
-    if not loss.requires_grad:
-        raise UnsupportedModelError(
-            "the loss depends on no trainable parameter: it has no gradient function. Look for .detach(), "
-            "torch.no_grad(), .item() or a conversion to numpy between the model's output and the loss"
-        )
-    return loss
-
-
-def _gradients(model: nn.Module, loss: Tensor) -> dict[int, Tensor]:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        found = torch.autograd.grad(loss.reshape(()), trainable, allow_unused=True)
-    except RuntimeError as error:
-        if "heckpoint" in str(error):
-            error.add_note("gradguard.check uses torch.autograd.grad: checkpoint with use_reentrant=False")
-        raise
-    pairs: Iterable[tuple[nn.Parameter, Tensor | None]] = zip(trainable, found, strict=True)
-    return {id(p): g for p, g in pairs if g is not None}

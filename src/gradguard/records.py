@@ -14,6 +14,10 @@ Layer statistics (one number per module and observation; the calls of a module t
                             else the norm); NaN and inf propagate.
 ``input_delta_norm``        L2 norm of the loss gradient at the module's first input tensor; NaN where unknown.
 ``input_delta_max_abs``     Upper bound of its largest absolute entry, as above.
+``block_delta_norm``        L2 norm of the loss gradient at the input of a block, in the row of the block's first module
+                            to run; NaN elsewhere, and where the input has no gradient or is also another block's.
+                            Blocks are those of the model's outermost stack, see :attr:`LayerTable.blocks`.
+``block_delta_max_abs``     Upper bound of its largest absolute entry, as above.
 ``forward_rms``             Root mean square of the output; inf where an entry is NaN or infinite.
 ``forward_max_abs``         Upper bound of the largest absolute entry of the output (exact for large tensors and for
                             half precision, else its norm); NaN and inf propagate.
@@ -55,7 +59,8 @@ Parameter statistics (one number per parameter and observation):
 ``underflow_fraction``  Share of sampled gradient entries below 8 x 2^-24, zeros included, as float16 computed them
                         (still scaled), where all of them lie below its normal range, 2^-14; 0 where one lies in it; NaN
                         where the gradient was not computed in float16 (an entry is no multiple of 2^-24) or has fewer
-                        than 16 sampled entries other than zero.
+                        than 16 sampled entries other than zero. In a check: share of entries that are exactly zero and
+                        are not when the loss is scaled up, measured where most entries are zero and float16 was seen.
 ``second_moment_rms``   Root of the mean of the optimizer's running mean of squares (Adam's v, bias-corrected) before
                         the step, from the sampled entries; NaN where it keeps none, as at the first step, and for
                         vectors.
@@ -100,6 +105,8 @@ LAYER_STATISTICS = (
     "delta_max_abs",
     "input_delta_norm",
     "input_delta_max_abs",
+    "block_delta_norm",
+    "block_delta_max_abs",
     "forward_rms",
     "forward_max_abs",
     "input_max_abs",
@@ -144,6 +151,9 @@ class LayerTable:
         roles: ``"affine"``, ``"norm"``, ``"activation"``, ``"recurrent"``, ``"embedding"``, ``"attention"`` or
             ``"other"``.
         derivative_bounds: Largest derivative of the activation (0.25 for a sigmoid); NaN for other modules.
+        blocks: Dotted name of the block of the trunk that the module is or lies in, for instance ``"encoder.3"``; empty
+            outside of blocks, and in a model that is not stacked from at least four of them. None given means empty
+            throughout.
     """
 
     names: tuple[str, ...] = ()
@@ -151,9 +161,13 @@ class LayerTable:
     kinds: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     derivative_bounds: tuple[float, ...] = ()
+    blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        lengths = {len(self.names), len(self.types), len(self.kinds), len(self.roles), len(self.derivative_bounds)}
+        if not self.blocks:
+            object.__setattr__(self, "blocks", ("",) * len(self.names))
+        columns = (self.names, self.types, self.kinds, self.roles, self.derivative_bounds, self.blocks)
+        lengths = {len(column) for column in columns}
         if len(lengths) > 1:
             raise ValueError(f"the columns of a LayerTable must have one length, got {sorted(lengths)}")
 

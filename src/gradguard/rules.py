@@ -143,7 +143,7 @@ _CATALOGUE = (
         "half-precision-underflow",
         "precision",
         "float16 rounds small gradients to zero",
-        "three observations of float16 gradients",
+        "three observations of float16 gradients; a check: one",
     ),
     _rule(
         "GG212",

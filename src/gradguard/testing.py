@@ -20,6 +20,7 @@ def assert_healthy_gradients(
     batch: Any,
     compute_loss: Callable[[Any, Any], Any],
     *,
+    scaler: Any = None,
     fail_on: str | Severity = Severity.WARNING,
     **options: Any,
 ) -> Diagnosis:
@@ -29,6 +30,7 @@ def assert_healthy_gradients(
         model: See :func:`gradguard.check`.
         batch: See :func:`gradguard.check`.
         compute_loss: See :func:`gradguard.check`.
+        scaler: See :func:`gradguard.check`.
         fail_on: Lowest severity that fails: ``"info"``, ``"warning"`` or ``"error"``.
         **options: Further keywords of :func:`gradguard.check`.
 
@@ -51,7 +53,7 @@ def assert_healthy_gradients(
     from gradguard.preflight import check
 
     level = _severity(fail_on)
-    diagnosis = check(model, batch, compute_loss, **options)
+    diagnosis = check(model, batch, compute_loss, scaler=scaler, **options)
     worst = diagnosis.worst()
     if worst is not None and worst >= level:
         raise AssertionError(_plain(diagnosis))

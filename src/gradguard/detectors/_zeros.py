@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
+
 from gradguard.detectors._depth import TRUNK_ROLES, theil_sen_gain
 from gradguard.detectors._numbers import column, parameter_column, signal
 from gradguard.records import FloatArray, StepRecord
@@ -55,9 +57,9 @@ def zero_pattern(record: StepRecord) -> Zeros:
     """Find out who owns the exact zeros of delta in one observation.
 
     Zeros at every row from the input up to some layer are a prefix. A prefix belongs to dead or saturated units where
-    its border shows them, to underflow where the live rows above decay smoothly towards it, to a zero-initialized
-    module where the border's weights are exactly zero; else something cut the gradient off. Zeros with live rows above
-    *and* below belong to a branch.
+    its border shows them, to underflow where most of its parameters are known to have lost their gradient to float16 or
+    where the live rows above decay smoothly towards it, to a zero-initialized module where the border's weights are
+    exactly zero; else something cut the gradient off. Zeros with live rows above *and* below belong to a branch.
 
     Source: ours (architecture.md, section 3; algorithms.md, G3).
     """
@@ -74,6 +76,8 @@ def zero_pattern(record: StepRecord) -> Zeros:
     stopped = _stopped_by_units(record, span, live[0] if live else None)
     if stopped is not None:
         return Zeros(owner=stopped[0], rows=prefix, border=stopped[1])
+    if _lost_to_float16(record, prefix):
+        return Zeros(owner=ZeroOwner.UNDERFLOW, rows=prefix, border=live[0] if live else None)
     if not live:
         return Zeros(owner=ZeroOwner.EVERYWHERE, rows=prefix)
     if _decays(delta[live]):
@@ -97,6 +101,15 @@ def _stopped_by_units(record: StepRecord, span: range, first_live: int | None) -
     if first_live is not None and column(record, "input_inactive_fraction")[first_live] == 1.0:
         return ZeroOwner.DEAD, first_live
     return None
+
+
+def _lost_to_float16(record: StepRecord, rows: tuple[int, ...]) -> bool:
+    """Whether most entries at most of these rows' parameters are known to be float16's zeros."""
+    names = {record.layers.names[row] for row in rows}
+    shares = parameter_column(record, "underflow_fraction")
+    own = np.array([layer in names for layer in record.parameters.layers], dtype=np.bool_)
+    known = shares[own & np.isfinite(shares)]
+    return bool(known.size) and float(np.median(known)) > 0.5
 
 
 def _decays(live: FloatArray) -> bool:

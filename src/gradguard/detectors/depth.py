@@ -23,6 +23,7 @@ from gradguard.detectors._episodes import BoolArray, Episode, last_episode
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import LossProgress, Trend, loss_progress
 from gradguard.detectors._numbers import column, in_range, names_text, percent, power_of_ten, signal
+from gradguard.detectors._stream import stream_of, stream_spans
 from gradguard.detectors._updates import matrix_ratios, ratio_quantile
 from gradguard.detectors._zeros import ZeroOwner, zero_pattern
 from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
@@ -97,20 +98,34 @@ def find_depth(history: History, config: GuardConfig) -> Sequence[Finding]:
 def observed_spans(history: History, config: GuardConfig) -> FloatArray:
     """Return the depth span of each observation, in decades, shape ``[observations]``; NaN below two live rows.
 
-    It is :func:`supported_span`, extended by the decay of the live rows for each row that underflowed to zero.
+    It is :func:`supported_span` over the layers, extended by the decay of the live rows for each row that underflowed
+    to zero. Of a model that is stacked from enough blocks it is taken over the inputs of the blocks instead.
 
     Args:
         history: Records of one optimizer.
         config: Thresholds.
     """
+    minimum = config.minimum_depth_layers
+    delta, given, taps = (
+        in_range(history.layer(f"{place}_norm"), history.layer(f"{place}_max_abs"))
+        for place in ("delta", "input_delta", "block_delta")
+    )
     columns = [row for row, role in enumerate(history.layers.roles) if role in TRUNK_ROLES]
-    delta = in_range(history.layer("delta_norm"), history.layer("delta_max_abs"))[:, columns]
-    spans = supported_spans(delta, minimum_layers=config.minimum_depth_layers)
+    spans = _extended(history, supported_spans(delta[:, columns], minimum_layers=minimum), delta[:, columns])
+    stream = stream_of(history.layers, taps, delta, given, minimum=minimum)
+    if stream is None:
+        return spans
+    through = _extended(history, stream_spans(stream, minimum=minimum), stream.values)
+    return np.where(np.isnan(through), spans, through)
+
+
+def _extended(history: History, spans: FloatArray, values: FloatArray) -> FloatArray:
+    """Add to spans what the signal must have lost at the points where it underflowed to zero."""
     records = history.records
-    for index in (int(i) for i in np.flatnonzero((delta == 0.0).any(axis=1) & ~np.isnan(spans))):
-        zeros = zero_pattern(records[index])
-        if zeros.owner is ZeroOwner.UNDERFLOW:
-            spans[index] += len(zeros.rows) * min(0.0, math.log10(theil_sen_gain(delta[index])))
+    for index in (int(i) for i in np.flatnonzero((values == 0.0).any(axis=1) & ~np.isnan(spans))):
+        if zero_pattern(records[index]).owner is ZeroOwner.UNDERFLOW:
+            before = values[index][: int(np.argmax(values[index] > 0.0))]
+            spans[index] += int((before == 0.0).sum()) * min(0.0, math.log10(theil_sen_gain(values[index])))
     return spans
 
 
@@ -202,10 +217,13 @@ def _finding(run: _Run, code: str, episode: Episode, severity: Severity, loss: L
     explained = explain_depth(record, rows, span)
     layers = weight_layers(record.layers, rows)
     gain = theil_sen_gain(delta[layers])
+    pace = _Pace(count=len(layers), unit="layer", gain=gain)
+    through_blocks = _pace_of_blocks(record, run.config)
     evidence = {
         "span": Evidence(value=span, unit="decades", note=f"a warning beyond {run.config.span_warning:g}"),
         "gain_per_layer": Evidence(value=gain, unit="ratio", note="1 would keep its size"),
         "layers": Evidence(value=len(layers), unit="layers"),
+        **({} if through_blocks is None else through_blocks.evidence),
         "first_delta": Evidence(value=float(delta[rows[0]]), unit="L2 norm", note=record.layers.names[rows[0]]),
         "last_delta": Evidence(value=float(delta[rows[-1]]), unit="L2 norm", note=record.layers.names[rows[-1]]),
         **explained.evidence,
@@ -215,7 +233,7 @@ def _finding(run: _Run, code: str, episode: Episode, severity: Severity, loss: L
     return make_finding(
         code,
         severity,
-        _message(run, code, episode, span, gain, len(layers), explained, severity),
+        _message(run, code, episode, span, through_blocks or pace, explained, severity),
         step=int(steps[episode.first]),
         last_step=int(steps[episode.last]),
         resolved_step=None if episode.resolved is None else int(steps[episode.resolved]),
@@ -228,19 +246,45 @@ def _finding(run: _Run, code: str, episode: Episode, severity: Severity, loss: L
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pace:
+    """By which factor the gradient changes, per what."""
+
+    count: int
+    unit: str
+    gain: float
+
+    @property
+    def evidence(self) -> dict[str, Evidence]:
+        return {
+            f"{self.unit}s": Evidence(value=self.count, unit=f"{self.unit}s", note="the span is between their inputs"),
+            f"gain_per_{self.unit}": Evidence(value=self.gain, unit="ratio", note="1 would keep its size"),
+        }
+
+
+def _pace_of_blocks(record: StepRecord, config: GuardConfig) -> _Pace | None:
+    """Return the pace through the blocks of a stacked model, ``None`` where the span is one of layers."""
+    minimum = config.minimum_depth_layers
+    taps, delta, given = (signal(record, at=place)[None, :] for place in ("block_delta", "delta", "input_delta"))
+    stream = stream_of(record.layers, taps, delta, given, minimum=minimum)
+    if stream is None or stream.live()[0] < minimum:
+        return None
+    inputs = stream.values[0][[bool(block) for block in stream.blocks]]
+    return _Pace(count=len(inputs), unit="block", gain=theil_sen_gain(inputs))
+
+
 def _message(
     run: _Run,
     code: str,
     episode: Episode,
     span: float,
-    gain: float,
-    layers: int,
+    pace: _Pace,
     explained: Explanation,
     severity: Severity,
 ) -> str:
     steps = run.steps.astype(np.int64)
     verb = "vanishes" if code == "GG101" else "explodes"
-    size = f"{abs(span):.1f} decades over {layers} layers"
+    size = f"{abs(span):.1f} decades over {pace.count} {pace.unit}s"
     if not episode.standing:
         past = "vanished" if code == "GG101" else "exploded"
         return (
@@ -252,7 +296,7 @@ def _message(
     text = f"The gradient {verb} on its way to the input: {size}"
     if explained.single:
         return f"{text}, most of it in {names_text((explained.layer or '',))}."
-    text += f", a factor of {gain:.2g} per layer."
+    text += f", a factor of {pace.gain:.2g} per {pace.unit}."
     zeros = zero_pattern(run.history.records[episode.last])
     if zeros.owner is ZeroOwner.UNDERFLOW:
         text += f" At the first {len(zeros.rows)} layers it is exactly zero."

@@ -41,7 +41,8 @@ def find_underflow(history: History, config: GuardConfig) -> Sequence[Finding]:
 
     Counted are sampled entries of tensors whose gradient float16 computed and that lie wholly below its normal range,
     and tensors of zeros beside them; alone, zeros have other owners. It must hold at the last three observations that
-    say anything, and the loss must not have clearly fallen: a converged run has gradients as small.
+    say anything, and the loss must not have clearly fallen: a converged run has gradients as small. A check before the
+    first step speaks after one look: a larger scale of the loss has shown which zeros are float16's.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``underflow_fraction``.
@@ -50,7 +51,7 @@ def find_underflow(history: History, config: GuardConfig) -> Sequence[Finding]:
     Source: float16: IEEE 754-2019; Micikevicius et al. (2018), "Mixed Precision Training", ICLR, arXiv 1710.03740.
     """
     shares = history.parameter("underflow_fraction")
-    if history.info.preflight or not np.isfinite(shares).any():
+    if not np.isfinite(shares).any():
         return []
     sizes = np.array(history.parameters.sizes, dtype=np.float64)
     norms = history.parameter("grad_norm")
@@ -59,7 +60,8 @@ def find_underflow(history: History, config: GuardConfig) -> Sequence[Finding]:
     known = np.asarray(np.isfinite(shares).any(axis=1), dtype=np.bool_)
     total = (lost * sizes).sum(axis=1) / np.maximum(1.0, (due * sizes).sum(axis=1))
     edge = (np.where(np.isfinite(shares), shares, 0.0) > 0.0).any(axis=1)
-    episode = last_episode((total >= config.underflow_fraction) & edge, known=known, patience=_PATIENCE)
+    patience = 1 if history.info.preflight else _PATIENCE
+    episode = last_episode((total >= config.underflow_fraction) & edge, known=known, patience=patience)
     loss = loss_progress(history)
     if episode is None or not episode.standing or loss.trend is Trend.FALLEN:
         return []
@@ -68,12 +70,14 @@ def find_underflow(history: History, config: GuardConfig) -> Sequence[Finding]:
     scale = history.scalar("loss_scale")[episode.last]
     steps = history.steps.astype(np.int64)
     share = float(total[episode.last])
+    how, note = "are 0 or have at most three bits left", "below 8 x 2^-24"
+    if history.info.preflight:
+        how, note = "are 0 and would not be with a larger loss", "0, and not where the loss is scaled up"
     return [
         make_finding(
             "GG211",
             Severity.WARNING,
-            f"float16 rounds gradients away: {percent(share)} of the entries are 0 or have at most three bits left, in "
-            f"{names_text(names)}.",
+            f"float16 rounds gradients away: {percent(share)} of the entries {how}, in {names_text(names)}.",
             step=int(steps[episode.first]),
             last_step=int(steps[episode.last]),
             layer=names[0] if names else None,
@@ -81,7 +85,7 @@ def find_underflow(history: History, config: GuardConfig) -> Sequence[Finding]:
             cause=Cause.PRECISION,
             confidence=min(0.95, 0.6 + 0.35 * share),
             evidence={
-                "share": Evidence(value=share, unit="fraction", note="of the trainable entries, below 8 x 2^-24"),
+                "share": Evidence(value=share, unit="fraction", note=f"of the trainable entries, {note}"),
                 "loss_scale": Evidence(value=float(scale), note="1 without a loss scaler"),
                 "observations": Evidence(value=episode.count, unit="observations", note="consecutive"),
                 "loss_trend": Evidence(value=str(loss.trend)),

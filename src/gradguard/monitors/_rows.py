@@ -6,7 +6,7 @@ import itertools
 import math
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -115,11 +115,14 @@ class Row:
     derivatives: list[Norm] = field(default_factory=list)
     saturated: list[tuple[Handle, int]] = field(default_factory=list)
     counts: dict[str, tuple[Handle, int]] = field(default_factory=dict)
+    block: str = ""
+    entering: list[Slot] = field(default_factory=list)
 
     def statistics(self, readback: Readback) -> dict[str, float]:
         """Return every layer statistic of the row that is known; call after the transfer."""
         delta, delta_max = _pool([n for slot in self.outputs for n in slot.norms], readback)
         input_delta, input_delta_max = _pool([n for slot in self.input_slots for n in slot.norms], readback)
+        block_delta, block_delta_max = _pool([n for slot in self.entering for n in slot.norms], readback)
         forward, forward_max = _pool(self.forward, readback)
         entries = sum([n.numel for n in self.forward])
         numbers = {
@@ -127,6 +130,8 @@ class Row:
             "delta_max_abs": delta_max,
             "input_delta_norm": input_delta,
             "input_delta_max_abs": input_delta_max,
+            "block_delta_norm": block_delta,
+            "block_delta_max_abs": block_delta_max,
             "forward_rms": forward / math.sqrt(entries) if entries else math.nan,
             "forward_max_abs": forward_max,
             "input_max_abs": _pool(self.inputs, readback)[1],
@@ -148,25 +153,28 @@ class Row:
         return numbers
 
 
-class KnownTensors:
-    """Tensors seen during one observation, so that a tensor passed on is measured once.
+_T = TypeVar("_T")
+
+
+class KnownTensors(Generic[_T]):
+    """What is known of tensors seen during one observation, so that a tensor passed on is measured once.
 
     A tensor is the same only as the same Python object at the same version: an in-place operation makes a new one.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[weakref.ref[Tensor], int, Slot | None, Norm, int | None]] = {}
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, _T]] = {}
 
-    def add(self, tensor: Tensor, slot: Slot | None, norm: Norm, unit_axis: int | None) -> None:
+    def add(self, tensor: Tensor, value: _T) -> None:
         """Remember a tensor at its present version."""
-        self._seen[id(tensor)] = (weakref.ref(tensor), tensor._version, slot, norm, unit_axis)
+        self._seen[id(tensor)] = (weakref.ref(tensor), tensor._version, value)
 
-    def find(self, tensor: Tensor, *, any_version: bool = False) -> tuple[Slot | None, Norm, int | None] | None:
-        """Return slot, norm and unit axis of a tensor seen before, else ``None``."""
+    def find(self, tensor: Tensor, *, any_version: bool = False) -> _T | None:
+        """Return what is known of a tensor seen before, else ``None``."""
         entry = self._seen.get(id(tensor))
         if entry is None or entry[0]() is not tensor or not (any_version or entry[1] == tensor._version):
             return None
-        return entry[2], entry[3], entry[4]
+        return entry[2]
 
 
 def unit_reduce(tensor: Tensor, axis: int, *, signed: bool) -> Tensor | None:
@@ -202,6 +210,7 @@ def layer_columns(rows: list[Row], readback: Readback) -> tuple[LayerTable, dict
         kinds=tuple(row.info.kind for row in rows),
         roles=tuple(row.info.role for row in rows),
         derivative_bounds=tuple(row.bound for row in rows),
+        blocks=tuple(row.block for row in rows),
     )
     values = [row.statistics(readback) for row in rows]
     columns = {

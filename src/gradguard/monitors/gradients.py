@@ -110,6 +110,7 @@ class GradientMonitor:
         self._float16: list[Counts] = []
         self._facts: list[tuple[float, float, float, float, float]] = []
         self._lr_handles: dict[int, Handle] = {}
+        self._lost: dict[int, Handle] = {}
         self.arrived = 0
         self.unreadable: tuple[str, ...] = ()
         self.table = ParameterTable()
@@ -123,6 +124,7 @@ class GradientMonitor:
         sample: bool = True,
         state_of: Callable[[nn.Parameter], Mapping[str, Any]] | None = None,
         divided_by: Tensor | None = None,
+        lost: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Queue everything that must be read before the optimizer changes the parameters.
 
@@ -133,6 +135,7 @@ class GradientMonitor:
             sample: Whether to keep samples for :meth:`read_update`.
             state_of: Returns the optimizer's state of a parameter, empty for none.
             divided_by: Scale of the loss by which the gradients have already been divided, ``None`` for none.
+            lost: Share of entries that float16 rounded to zero, 0-d, by ``id(parameter)``, where the caller knows it.
         """
         self._parameters = find_parameters(self._model)
         self._build_table()
@@ -169,6 +172,11 @@ class GradientMonitor:
             queue_float16(readback, samples.rows, samples.sizes, samples.gradients, divided_by)
             for samples in self._samples
         ]
+        self._lost = {
+            row: readback.put(lost[id(p.parameter)])
+            for row, p in enumerate(self._parameters)
+            if lost is not None and id(p.parameter) in lost
+        }
         self._moments = queue_moments(readback, list(self._take_moments(groups, state_of))) if state_of else []
 
     def read_update(self, readback: Readback) -> None:
@@ -234,6 +242,8 @@ class GradientMonitor:
             for position, row in enumerate(counts.rows):
                 if self._parameters[row].parameter.dtype != torch.bfloat16:
                     columns["underflow_fraction"][row] = underflow_fraction(readback, counts, position)
+        for row, handle in self._lost.items():
+            columns["underflow_fraction"][row] = readback.value(handle)
         for counts in self._moments:
             for position, (row, size) in enumerate(zip(counts.rows, counts.sizes, strict=True)):
                 square, limited, live, ratio = (counts.value(readback, position, kind) for kind in range(4))

@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from gradguard.findings import Unobserved
+from gradguard.monitors._blocks import BlockTaps
 from gradguard.monitors._derivatives import ActivationInfo, activation_info
 from gradguard.monitors._describe import ModuleInfo, clean_name, describe
 from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
-from gradguard.monitors._reduce import Readback, dense, queue_norm
+from gradguard.monitors._reduce import Norm, Readback, dense, queue_norm
 from gradguard.monitors._rows import KnownTensors, Row, Slot, Streaks, layer_columns, saturated_units, unit_reduce
+from gradguard.monitors._targets import Target, is_compiled, targets
 from gradguard.monitors._trees import floating_tensors
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class SignalMonitor:
         failed: Whether a hook failed, which switches the monitor off.
         eval_calls: Calls in evaluation mode during the present observation.
         backward_seen: Whether a gradient arrived during the present observation.
+        float16_seen: Whether a module returned a float16 tensor during the present observation.
     """
 
     name = "signals"
@@ -69,10 +72,11 @@ class SignalMonitor:
         self._patience = dead_patience_steps
         self._any_mode = any_mode
         self._hooks = HookSet()
-        self._taps: dict[int, RemovableHandle] = {}
-        self._fired: set[int] = set()
+        self._taps: dict[tuple[int, bool], RemovableHandle] = {}
+        self._fired: set[tuple[int, bool]] = set()
         self._ran = False
-        self._late: list[tuple[nn.Module, str]] = []
+        self._late: list[Target] = []
+        self._blocks = BlockTaps()
         self._streaks: dict[tuple[int, str, str], Streaks] = {}
         self._kinds: dict[int, tuple[ModuleInfo, ActivationInfo | None]] = {}
         self.generation = 0
@@ -86,10 +90,12 @@ class SignalMonitor:
         self.generation += 1
         self._readback = readback
         self._rows: dict[str, Row] = {}
-        self._known = KnownTensors()
+        self._known: KnownTensors[tuple[Slot | None, Norm, int | None]] = KnownTensors()
+        self._blocks.reset()
         self._paused = False
         self.eval_calls = 0
         self.backward_seen = False
+        self.float16_seen = False
 
     def arm(self) -> None:
         """Set the forward hooks; calling twice is harmless."""
@@ -99,13 +105,15 @@ class SignalMonitor:
         self._ran = False
         self._fired.clear()
         self._late = []
-        for module, name, late in _targets(self._model):
-            if late is None:
-                self._watch(module, name)
-            elif late is module:
-                self._hooks.add(module.register_forward_pre_hook(Hook(self, SignalMonitor._arm_late)))
+        found = list(targets(self._model))
+        self._blocks.expect(target.name for target in found if target.is_block)
+        for target in found:
+            if target.late is None:
+                self._watch(target)
+            elif target.late is target.module:
+                self._hooks.add(target.module.register_forward_pre_hook(Hook(self, SignalMonitor._arm_late)))
             else:
-                self._late.append((module, name))
+                self._late.append(target)
 
     def disarm(self) -> None:
         """Remove the hooks; gradient hooks of graphs that are still alive become inert. Harmless when called twice.
@@ -166,7 +174,7 @@ class SignalMonitor:
         """Return what the hooks cannot see in this model."""
         notes = []
         compiled = [
-            clean_name(name) or "the model" for name, module in self._model.named_modules() if _is_compiled(module)
+            clean_name(name) or "the model" for name, module in self._model.named_modules() if is_compiled(module)
         ]
         if compiled:
             notes.append(
@@ -181,16 +189,22 @@ class SignalMonitor:
             )
         return notes
 
-    def _watch(self, module: nn.Module, name: str) -> None:
-        if id(module) not in self._taps:
-            hook = Hook(self, SignalMonitor._on_forward, name)
-            self._taps[id(module)] = module.register_forward_hook(hook, with_kwargs=True)
+    def _watch(self, target: Target) -> None:
+        key = (id(target.module), target.is_block)
+        if key in self._taps:
+            return
+        if target.is_block:
+            hook = Hook(self, SignalMonitor._on_block, target.name)
+            self._taps[key] = target.module.register_forward_pre_hook(hook, with_kwargs=True)
+        else:
+            hook = Hook(self, SignalMonitor._on_forward, target.name)
+            self._taps[key] = target.module.register_forward_hook(hook, with_kwargs=True)
 
     def _arm_late(self, *_: Any) -> None:
         if self._late and torch.is_grad_enabled() and self._in_training(self._model):
             late, self._late = self._late, []
-            for module, name in late:
-                self._watch(module, name)
+            for target in late:
+                self._watch(target)
 
     def _in_training(self, module: nn.Module) -> bool:
         return self._any_mode or module.training or self._model.training
@@ -198,7 +212,7 @@ class SignalMonitor:
     def _on_forward(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._active or self._paused:
             return
-        self._fired.add(id(module))
+        self._fired.add((id(module), False))
         started = time.perf_counter()
         try:
             if not in_functorch():
@@ -206,6 +220,22 @@ class SignalMonitor:
         except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's forward pass
             self._fail(f"the forward hook of {name or 'the model'}", error)
         self.spent_s += time.perf_counter() - started
+
+    def _on_block(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._active or self._paused:
+            return
+        self._fired.add((id(module), True))
+        started = time.perf_counter()
+        try:
+            if not in_functorch() and self._in_training(module):
+                self._blocks.enter(name, (args, kwargs), self._listen_at_block)
+        except Exception as error:  # noqa: BLE001  # as above
+            self._fail(f"the forward pre-hook of {name}", error)
+        self.spent_s += time.perf_counter() - started
+
+    def _listen_at_block(self, tensor: Tensor) -> Slot:
+        known = self._known.find(tensor)
+        return known[0] if known is not None and known[0] is not None else self._listen(tensor)
 
     def _tap(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._in_training(module):
@@ -218,6 +248,7 @@ class SignalMonitor:
             info, activation = self._describe(module)
             row = Row(name, type(module).__name__, info, math.nan if activation is None else activation.bound)
             row.is_step = type(module) is nn.ReLU
+            self._blocks.place(row)
             self._rows[name] = row
         if not torch.is_grad_enabled():
             row.placeholders += not in_backward()
@@ -260,7 +291,7 @@ class SignalMonitor:
         row.inputs.append(norm)
         slot = self._listen(tensor) if tensor.requires_grad else None
         axis = row.info.unit_axis
-        self._known.add(tensor, slot, norm, axis)
+        self._known.add(tensor, (slot, norm, axis))
         if slot is not None:
             row.input_slots.append(slot)
             if row.info.role == "affine" and axis is not None and tensor.grad_fn is not None and -axis <= tensor.ndim:
@@ -279,12 +310,13 @@ class SignalMonitor:
         if values is None:
             return
         norm = queue_norm(self._readback, values, extremes=values.dtype in (torch.float16, torch.bfloat16))
+        self.float16_seen |= values.dtype == torch.float16
         row.forward.append(norm)
         slot = self._listen(tensor) if tensor.requires_grad else None
         if slot is not None:
             row.outputs.append(slot)
         own = row.info.unit_axis
-        self._known.add(tensor, slot, norm, own if own is not None else axis)
+        self._known.add(tensor, (slot, norm, own if own is not None else axis))
 
     def _tap_activation(
         self, row: Row, module: nn.Module, given: Tensor | None, output: Tensor, axis: int | None
@@ -311,6 +343,9 @@ class SignalMonitor:
                 row.saturated.append((self._readback.put(counted[0]), counted[1]))
 
     def _listen(self, tensor: Tensor) -> Slot:
+        tapped = self._blocks.find(tensor)
+        if tapped is not None:
+            return tapped
         slot = Slot()
         handle = tensor.register_hook(_GradientHook(self, slot, self.generation))
         if tensor.is_leaf:
@@ -349,36 +384,3 @@ class _GradientHook:
         monitor = self._monitor()
         if monitor is not None and monitor.generation == self._generation:
             monitor.take_gradient(self._slot, gradient)
-
-
-def _targets(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
-    """Yield the modules to hook, their names, and what to wait for before hooking them.
-
-    ``nn.TransformerEncoderLayer`` leaves its fast inference path as soon as a hook sits on one of its modules. Its
-    modules are hooked when a training forward pass begins in a module around it, which is yielded as its own condition.
-    """
-    unwrap = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    skipped: set[int] = set()
-    fast: set[int] = set()
-    around: list[tuple[nn.Module, str]] = []
-    for raw, module in model.named_modules():
-        name = clean_name(raw, unwrap=unwrap)
-        if id(module) in skipped or _is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
-            skipped.update(id(child) for child in module.modules())
-            continue
-        if isinstance(module, nn.TransformerEncoderLayer) and id(module) not in fast:
-            fast.update(id(child) for child in module.modules())
-        if id(module) not in fast:
-            around.append((module, name))
-        if isinstance(module, nn.MultiheadAttention):  # its projection is used, but never called
-            skipped.add(id(module.out_proj))
-        if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None:
-            yield module, name, model if id(module) in fast else None
-    if fast:
-        for module, name in around:
-            if any(id(child) in fast for child in module.modules()):
-                yield module, name, module
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
