@@ -1,0 +1,263 @@
+"""Looking for the operation that makes NaN or infinity, in a step that is armed for it."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradguard.monitors._backward_trace import BackwardTrace
+from gradguard.monitors._blame import blame_backward, blame_forward
+from gradguard.monitors._describe import clean_name
+from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
+from gradguard.monitors._op_trace import Measured, OpTrace, queue_range
+from gradguard.monitors._reduce import Readback
+from gradguard.monitors._trees import floating_tensors, tensors
+from gradguard.records import NonFiniteOrigin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["NonFiniteMonitor"]
+
+
+class NonFiniteMonitor:
+    """Names the operation, the module and the operands behind a NaN or an infinity, forward or backward.
+
+    Armed, it records the range of every operation's operands and result between the beginning of the model's forward
+    pass and the end of the step, and the range of every gradient that a graph node gives; idle, it does nothing. It
+    reads only: numbers, gradients and random states are those of a step without it.
+
+    Attributes:
+        armed: Whether the coming forward passes are looked at.
+        failed: Whether it failed, which switches it off.
+        spent_s: Seconds spent since it was made.
+    """
+
+    name = "non_finite_origin"
+
+    def __init__(self, model: nn.Module, *, on_failure: Callable[[str, BaseException], None]) -> None:
+        """Prepare for a model; nothing is set before :meth:`arm`.
+
+        Args:
+            model: The model to look at.
+            on_failure: Called with a place and an exception when something of ours fails.
+        """
+        self._model = model
+        self._on_failure = on_failure
+        self._hooks = HookSet()
+        self._quick_hooks = HookSet()
+        self._quick: list[tuple[nn.Module, str]] = []
+        self._inputs: list[tuple[weakref.ref[Tensor], int]] = []
+        self.armed = False
+        self.failed = False
+        self.spent_s = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._readback = Readback()
+        self._where: list[str] = []
+        self._named: dict[int, tuple[str, str]] = {}
+        self._held: list[Tensor] = []
+        self._trace: OpTrace | None = None
+        self._thread = 0
+        self._stays = False
+        self._losses: list[Measured] = []
+        self._passes: list[BackwardTrace] = []
+
+    def arm(self) -> str:
+        """Set hooks on every module; calling twice is harmless.
+
+        Returns:
+            Why it cannot be done with this model, empty where it was.
+        """
+        if self.armed or self.failed:
+            return "" if self.armed else "it has failed before"
+        if any(_is_compiled(module) for module in self._model.modules()):
+            return "a part of the model is compiled, and its operations are no calls of torch functions"
+        self.armed = True
+        quick = {id(m) for m in self._model.modules() if isinstance(m, nn.TransformerEncoderLayer) for m in m.modules()}
+        self._quick = []
+        for raw, module in self._model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            if id(module) in quick:
+                self._quick.append((module, clean_name(raw)))
+            else:
+                self._hook(self._hooks, module, clean_name(raw))
+        return ""
+
+    def _hook(self, hooks: HookSet, module: nn.Module, name: str) -> None:
+        enter, leave = Hook(self, NonFiniteMonitor._enter, name), Hook(self, NonFiniteMonitor._leave, name)
+        hooks.add(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+        hooks.add(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+
+    def disarm(self) -> None:
+        """Remove everything; harmless when called twice."""
+        self.armed = False
+        self._hooks.close()
+        self.pause()
+        self._begin()
+
+    def pause(self, loss: object = None) -> None:
+        """Stop recording until the next forward pass; what was recorded stays.
+
+        Args:
+            loss: The loss of this step, where it is known.
+        """
+        self._quick_hooks.close()
+        trace = self._trace
+        if trace is None:
+            return
+        if trace.active and threading.get_ident() == self._thread:
+            trace.close()
+        trace.active = False
+        if isinstance(loss, torch.Tensor) and not self._losses:
+            self._add_loss(trace, loss)
+
+    def close_step(self, step: int) -> NonFiniteOrigin | None:
+        """End the step: return where its numbers stopped being finite, ``None`` where they did not. Synchronises.
+
+        Args:
+            step: Optimizer step, from 0.
+        """
+        if not self.armed or self._trace is None:
+            return None
+        started = time.perf_counter()
+        self.pause()
+        trace = self._trace
+        try:
+            self._readback.fetch()
+            origin = blame_forward(trace.records, self._losses, self._readback, step=step)
+            if origin is None:
+                origin = blame_forward(trace.records, _abandoned(trace), self._readback, step=step)
+            if origin is None:
+                origin = blame_backward(trace.records, self._passes, self._readback, step=step)
+        except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's loop
+            origin = None
+            self._fail(error)
+        self.spent_s += trace.spent_s + time.perf_counter() - started
+        self._begin()
+        return origin
+
+    def remember(self, *values: Any) -> None:
+        """Keep weak references to the floating-point tensors of a batch, until the next one; no copy is made."""
+        self._inputs = [(weakref.ref(t), t._version) for t in floating_tensors(values) if not t.is_inference()]
+
+    def input_origin(self, step: int) -> NonFiniteOrigin | None:
+        """Return the remembered batch as an origin, if it holds a NaN or an infinity. Synchronises.
+
+        A tensor that is gone, or was written to since, says nothing.
+
+        Args:
+            step: Optimizer step, from 0.
+        """
+        readback = Readback()
+        found = []
+        for reference, version in self._inputs:
+            tensor = reference()
+            if tensor is not None and tensor._version == version and not tensor.requires_grad:
+                measured = queue_range(readback, tensor)
+                found.extend([measured] if measured is not None else [])
+        readback.fetch()
+        values = [readback.value(m.low) + readback.value(m.high) for m in found]
+        masks = [readback.value(m.low) == -math.inf and readback.value(m.high) < math.inf for m in found]
+        if all(math.isfinite(v) or masked for v, masked in zip(values, masks, strict=True)):
+            return None
+        value = "NaN" if any(math.isnan(v) for v in values) else "infinity"
+        return NonFiniteOrigin(step=step, kind="input", value=value)
+
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.armed:
+            return
+        try:
+            if not self._where and (self._trace is None or not self._trace.active):
+                if not torch.is_grad_enabled() or not (module.training or self._model.training):
+                    return
+                if in_functorch() or in_backward() or torch.jit.is_tracing():
+                    return
+                self._open(args, kwargs)
+            self._where.append(name)
+        except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's forward pass
+            self._fail(error)
+
+    def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if name not in self._where:
+            return
+        while self._where.pop() != name:
+            pass
+        if not self._where and (output is None or not self._stays):  # an exception, or another mode below
+            self.pause()
+
+    def _open(self, args: Any, kwargs: Any) -> None:
+        if self._trace is None:
+            self._trace = OpTrace(
+                self._readback,
+                named=self._named,
+                where=self._where,
+                around_backward=self._around_backward,
+                on_failure=self._fail,
+            )
+        for raw, parameter in self._model.named_parameters():
+            self._named[id(parameter)] = "parameter", clean_name(raw)
+        for raw, buffer in self._model.named_buffers():
+            self._named[id(buffer)] = "buffer", clean_name(raw)
+        inputs = floating_tensors((args, kwargs))
+        self._held.extend(inputs)
+        for tensor in inputs:
+            if tensor.grad_fn is None:
+                self._named.setdefault(id(tensor), ("input", ""))
+        for module, name in self._quick:
+            self._hook(self._quick_hooks, module, name)
+        self._thread = threading.get_ident()
+        self._stays = self._trace.open()
+
+    def _around_backward(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call that starts a backward pass, with a hook on each node that it runs through."""
+        trace = self._trace
+        with HookSet() as hooks:
+            try:
+                if trace is not None:
+                    losses = tensors(args[0] if args else kwargs.get("tensors"))
+                    started = time.perf_counter()
+                    self._watch(trace, list(losses), hooks)
+                    self.spent_s += time.perf_counter() - started
+            except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's backward pass
+                self._fail(error)
+            return func(*args, **kwargs)
+
+    def _watch(self, trace: OpTrace, losses: list[Tensor], hooks: HookSet) -> None:
+        for loss in losses:
+            self._add_loss(trace, loss)
+        backward = BackwardTrace()
+        backward.watch(losses, self._readback, hooks)
+        self._passes.append(backward)
+
+    def _add_loss(self, trace: OpTrace, loss: Tensor) -> None:
+        measured = trace.measure(loss)
+        self._losses.extend([measured] if measured is not None else [])
+
+    def _fail(self, error: BaseException) -> None:
+        self.failed = True
+        self.armed = False
+        self._on_failure("the search for the origin of NaN or infinity", error)
+
+
+def _abandoned(trace: OpTrace) -> list[Measured]:
+    """Return the scalars with a graph that the loop computed from what the model gave: losses it did not go on with."""
+    return [
+        result
+        for record in trace.records
+        for result in record.results
+        if not record.inside and result.numel == 1 and record.end_node > record.first_node
+    ]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
