@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from gradguard._alerts import Alerts, is_main_process, missing_reason
+from gradguard._alerts import Alerts, is_main_process, missing_reason, warn_of_failure
 from gradguard._cadence import Cadence, FixedCadence
 from gradguard._closures import wrap_closure
 from gradguard.errors import GradGuardWarning, UnsupportedModelError
@@ -178,11 +178,23 @@ class Guard:
             return
         started = self._tick()
         self._batches += 1
+        self._observing.search.pause(loss)
         if loss is not None:
             self._note_loss(loss, name)
         if self._armed() and self._guarded("reading gradients", self._observing.read, before_clipping=True) is False:
             self._explain_missing("record() found no gradients")
         self._tock(started)
+
+    def find_non_finite(self, *, steps: int = 100) -> None:
+        """Search for the operation that makes NaN or infinity, from the next forward pass on, until one is found.
+
+        It stands in :meth:`diagnose` then, and in ``history.origins``. Five steps are searched anyway after an alarm.
+
+        Args:
+            steps: Optimizer steps to search at most, at least 1 (else ``ValueError``); each is slower meanwhile.
+        """
+        if self.attached:
+            self._observing.start_search(steps)
 
     def step(self) -> None:
         """Count a step by hand, after the update, in loops whose optimizer is no ``torch.optim.Optimizer``."""
@@ -264,6 +276,7 @@ class Guard:
             return
         value = self._observing.losses.note(loss, step=self._steps[0], optimizer=0)
         if isinstance(loss, torch.Tensor) and loss.device.type == "cpu" and not math.isfinite(value):
+            self._guarded("looking at the batch", self._observing.search_batch, self._steps[0])
             self._cadences[0].look_closer(self._steps[0])
 
     def _assign_losses(self, index: int) -> None:
@@ -311,6 +324,7 @@ class Guard:
         due = self._cadences[index].due(step)
         armed = due or self._armed()
         self._assign_losses(index)
+        self._observing.end_search_step(index, step)
         self._steps[index] += 1
         self._skipped = False
         self._batches = max(self._batches, self._steps[index])
@@ -339,6 +353,7 @@ class Guard:
             for cadence in self._cadences:
                 cadence.look_closer(step)
             self._arm_if_due()
+            self._observing.search_after(news)
         self._tock(started)
         for finding in news:
             self._alerts.tell(finding)
@@ -367,21 +382,13 @@ class Guard:
             raise error
         why = f"{place} failed with {type(error).__name__}: {error}"
         if self._observing.note("layer signals", f"{why}; the monitor has switched itself off"):
-            warnings.warn(
-                f"gradguard: {why}. Layer signals are no longer observed; training goes on. Please report this.",
-                GradGuardWarning,
-                stacklevel=3,
-            )
+            warn_of_failure(why, "Layer signals are no longer observed")
 
     def _on_failure(self, place: str, error: BaseException) -> None:
         """Something other than a monitor has failed: the guard goes off."""
         why = f"{place} failed with {type(error).__name__}: {error}"
         if self._observing.note("gradguard itself", f"{why}; it has switched itself off, training goes on"):
-            warnings.warn(
-                f"gradguard: {why}. The guard has switched itself off; training goes on. Please report this.",
-                GradGuardWarning,
-                stacklevel=3,
-            )
+            warn_of_failure(why, "The guard has switched itself off")
         self.detach()
 
     def _tick(self) -> float:

@@ -200,6 +200,6 @@ def _operands(record: OpRecord | None, readback: Readback) -> tuple[TensorRange,
 
 
 def _name(func: Callable[..., object]) -> str:
-    """Return the public name of a torch function, ``"torch.log"`` for ``Tensor.log`` and ``torch.log`` alike."""
-    name = resolve_name(func) or getattr(func, "__name__", type(func).__name__)
-    return str(name).removeprefix("torch.").replace("nn.functional.", "F.")
+    """Return the name of a torch function as people write it: ``"Tensor.log"``, ``"torch.log"``, ``"F.linear"``."""
+    name = str(resolve_name(func) or getattr(func, "__name__", type(func).__name__))
+    return name.replace("torch.nn.functional.", "F.").replace("torch.Tensor.", "Tensor.")

@@ -42,15 +42,21 @@ class NonFiniteMonitor:
 
     name = "non_finite_origin"
 
-    def __init__(self, model: nn.Module, *, on_failure: Callable[[str, BaseException], None]) -> None:
-        """Prepare for a model; nothing is set before :meth:`arm`.
+    def __init__(
+        self, model: nn.Module, *, on_failure: Callable[[str, BaseException], None], scaled: bool = False
+    ) -> None:
+        """Prepare for a model; nothing is set before :meth:`listen` and :meth:`arm`.
 
         Args:
             model: The model to look at.
             on_failure: Called with a place and an exception when something of ours fails.
+            scaled: Whether a loss scaler skips the steps in which its own scale makes gradients overflow.
         """
         self._model = model
         self._on_failure = on_failure
+        self._scaled = scaled
+        self._left = 0
+        self._listener = HookSet()
         self._hooks = HookSet()
         self._quick_hooks = HookSet()
         self._quick: list[tuple[nn.Module, str]] = []
@@ -71,12 +77,29 @@ class NonFiniteMonitor:
         self._losses: list[Measured] = []
         self._passes: list[BackwardTrace] = []
 
-    def arm(self) -> str:
+    def listen(self) -> None:
+        """Remember each batch that the model is given, by one hook on the model; see :meth:`remember`."""
+        model = self._model
+        if not isinstance(model, (torch.jit.ScriptModule, nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+            hook = Hook(self, NonFiniteMonitor._on_batch)
+            self._listener.add(model.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def close(self) -> None:
+        """Remove everything, for good."""
+        self._listener.close()
+        self._inputs = []
+        self.disarm()
+
+    def arm(self, steps: int = 1) -> str:
         """Set hooks on every module; calling twice is harmless.
+
+        Args:
+            steps: Optimizer steps to search at most; it ends before where one of them is not finite.
 
         Returns:
             Why it cannot be done with this model, empty where it was.
         """
+        self._left = max(self._left, steps)
         if self.armed or self.failed:
             return "" if self.armed else "it has failed before"
         if any(_is_compiled(module) for module in self._model.modules()):
@@ -138,17 +161,26 @@ class NonFiniteMonitor:
             if origin is None:
                 origin = blame_forward(trace.records, _abandoned(trace), self._readback, step=step)
             if origin is None:
-                origin = blame_backward(trace.records, self._passes, self._readback, step=step)
+                passes = self._passes[-1:] if self._scaled else self._passes
+                origin = blame_backward(trace.records, passes, self._readback, step=step)
         except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's loop
             origin = None
             self._fail(error)
         self.spent_s += trace.spent_s + time.perf_counter() - started
         self._begin()
+        self._left -= 1
+        if origin is not None or self._left <= 0:
+            self._left = 0
+            self.disarm()
         return origin
 
     def remember(self, *values: Any) -> None:
         """Keep weak references to the floating-point tensors of a batch, until the next one; no copy is made."""
         self._inputs = [(weakref.ref(t), t._version) for t in floating_tensors(values) if not t.is_inference()]
+
+    def _on_batch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module.training and not in_functorch():
+            self.remember(args, kwargs)
 
     def input_origin(self, step: int) -> NonFiniteOrigin | None:
         """Return the remembered batch as an origin, if it holds a NaN or an infinity. Synchronises.
