@@ -98,6 +98,7 @@ class History:
         self._records: _Thinned[StepRecord] = _Thinned(capacity)
         self._losses: _Thinned[tuple[int, float, int]] = _Thinned(loss_capacity)
         self._origins: list[NonFiniteOrigin] = []
+        self._finite_batches: set[int] = set()
         self._seen: Counter[int] = Counter()
         self._cache: dict[tuple[str, str], FloatArray] = {}
         self._tables: tuple[LayerTable, ParameterTable] | None = None
@@ -118,8 +119,18 @@ class History:
         if len(self._origins) < _ORIGINS:
             self._origins.append(origin)
 
+    def note_finite_batch(self, step: int) -> None:
+        """Say that the batch of a step was looked at and is finite; kept for the first 32 steps that say so."""
+        if len(self._finite_batches) < _ORIGINS:
+            self._finite_batches.add(step)
+
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def finite_batches(self) -> frozenset[int]:
+        """Steps whose batch was looked at, for the loss was not finite, and held neither NaN nor infinity."""
+        return frozenset(self._finite_batches)
 
     @property
     def origins(self) -> Sequence[NonFiniteOrigin]:
@@ -190,6 +201,7 @@ class History:
             if owner == index:
                 part.note_loss(step, loss, optimizer=index)
         part._origins = [origin for origin in self._origins if origin.optimizer == index]
+        part._finite_batches = self._finite_batches
         part._seen[index] = self._seen[index]
         return part
 

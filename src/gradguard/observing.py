@@ -117,9 +117,11 @@ class Observing:
 
     def search_batch(self, step: int) -> None:
         """Look at the batch of a step whose loss is not finite; to be called before the next forward pass."""
-        origin = self.search.input_origin(step)
+        looked_at, origin = self.search.look_at_batch(step)
         if origin is not None:
             self.history.note_origin(origin)
+        elif looked_at:
+            self.history.note_finite_batch(step)
 
     def search_after(self, news: Sequence[Finding]) -> None:
         """Search the coming steps, once in a run, after an alarm about numbers that are not finite."""

@@ -10,14 +10,14 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gradguard.monitors._hooks import in_functorch
+from gradguard.monitors._hooks import in_functorch, is_tracing
 from gradguard.monitors._reduce import Handle, Readback, dense
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["BACKWARD_CALLS", "Measured", "OpRecord", "OpTrace", "queue_range", "sequence_number"]
 
 BACKWARD_CALLS = (torch.Tensor.backward, torch.autograd.backward)
-"""Calls that start a backward pass. ``torch.autograd.grad`` is an operation: what it gives goes on in the forward pass."""
+"""Calls that start a backward pass. ``torch.autograd.grad`` is an operation: what it gives goes on in the forward
+pass."""
 
 _MOST_RECORDS = 100_000
 """Operations recorded in one step; what comes later passes unseen. Ours: a bound of about 100 MiB of host memory."""
@@ -41,6 +42,11 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep  # noqa: PTH120  # compared wi
 _TORCH_MODULES = os.path.join(_TORCH, "nn", "modules", "")  # noqa: PTH118  # as above
 _OURS = os.path.dirname(__file__) + os.sep  # noqa: PTH120  # as above
 
+# What torch offers for the stack of modes is private, as is the way to the caller's frame in Python. Checked with 2.13.
+_stack_size: Callable[[], int] = torch._C._len_torch_function_stack  # noqa: SLF001  # see above
+_push_mode: Callable[[Any], None] = torch._C._push_on_torch_function_stack  # noqa: SLF001  # see above
+_pop_mode: Callable[[], Any] = torch._C._pop_torch_function_stack  # noqa: SLF001  # see above
+_frame = sys._getframe  # noqa: SLF001  # see above
 _SEQUENCE = getattr(torch.autograd, "_get_sequence_nr", None)
 
 _NAMES_OF_UNSET = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
@@ -48,7 +54,7 @@ _NAMES_OF_UNSET = ("empty", "new_empty", "empty_like", "empty_strided", "new_emp
 
 
 def sequence_number() -> int:
-    """Return the number that the next graph node of this thread will get; 0 where torch does not tell (checked 2.13)."""
+    """Return the number that this thread's next graph node will get; 0 where torch does not tell (checked with 2.13)."""
     return int(_SEQUENCE()) if _SEQUENCE is not None else 0
 
 
@@ -149,33 +155,33 @@ class OpTrace(TorchFunctionMode):
 
         Above another mode it may not: whoever leaves that one takes the topmost off.
         """
-        alone: bool = torch._C._len_torch_function_stack() == 0
+        alone = _stack_size() == 0
         self.active = True
-        torch._C._push_on_torch_function_stack(self)
+        _push_mode(self)
         return alone
 
     def close(self) -> None:
         """Take the mode off the stack of this thread, wherever in it it is; harmless where it is not there."""
         self.active = False
         above = []
-        while torch._C._len_torch_function_stack():
-            mode = torch._C._pop_torch_function_stack()
+        while _stack_size():
+            mode = _pop_mode()
             if mode is self:
                 break
             above.append(mode)
         for mode in reversed(above):
-            torch._C._push_on_torch_function_stack(mode)
+            _push_mode(mode)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs if kwargs is not None else {}
-        if not self.active or torch.compiler.is_compiling() or in_functorch() or torch.jit.is_tracing():
+        if not self.active or torch.compiler.is_compiling() or in_functorch() or is_tracing():
             return func(*args, **kwargs)
         if func in BACKWARD_CALLS:
             return self._around_backward(func, args, kwargs)
         started = time.perf_counter()
-        begun = self._begin(func, args, kwargs, sys._getframe(1))
+        begun = self._begin(func, args, kwargs, _frame(1))
         self.spent_s += time.perf_counter() - started
         result = func(*args, **kwargs)
         if begun is not None:

@@ -15,7 +15,7 @@ from torch import nn
 from gradguard.monitors._backward_trace import BackwardTrace
 from gradguard.monitors._blame import blame_backward, blame_forward
 from gradguard.monitors._describe import clean_name
-from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
+from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch, is_tracing
 from gradguard.monitors._op_trace import Measured, OpTrace, queue_range
 from gradguard.monitors._reduce import Readback
 from gradguard.monitors._trees import floating_tensors, tensors
@@ -182,28 +182,28 @@ class NonFiniteMonitor:
         if module.training and not in_functorch():
             self.remember(args, kwargs)
 
-    def input_origin(self, step: int) -> NonFiniteOrigin | None:
-        """Return the remembered batch as an origin, if it holds a NaN or an infinity. Synchronises.
+    def look_at_batch(self, step: int) -> tuple[bool, NonFiniteOrigin | None]:
+        """Look for NaN and infinity in the batch that is remembered. Synchronises.
 
-        A tensor that is gone, or was written to since, says nothing.
+        A tensor that is gone, or was written to since, says nothing. Infinities below all else are a mask.
 
         Args:
             step: Optimizer step, from 0.
+
+        Returns:
+            Whether every tensor of the batch could be looked at (and there was one); the batch as an origin, or
+            ``None`` where what could be looked at is finite.
         """
         readback = Readback()
-        found = []
-        for reference, version in self._inputs:
-            tensor = reference()
-            if tensor is not None and tensor._version == version and not tensor.requires_grad:
-                measured = queue_range(readback, tensor)
-                found.extend([measured] if measured is not None else [])
+        alive = [t for reference, version in self._inputs if (t := reference()) is not None and t._version == version]
+        found = [m for t in alive if not t.requires_grad and (m := queue_range(readback, t)) is not None]
         readback.fetch()
-        values = [readback.value(m.low) + readback.value(m.high) for m in found]
-        masks = [readback.value(m.low) == -math.inf and readback.value(m.high) < math.inf for m in found]
-        if all(math.isfinite(v) or masked for v, masked in zip(values, masks, strict=True)):
-            return None
-        value = "NaN" if any(math.isnan(v) for v in values) else "infinity"
-        return NonFiniteOrigin(step=step, kind="input", value=value)
+        ranges = [(readback.value(m.low), readback.value(m.high)) for m in found]
+        ill = [low for low, high in ranges if not (math.isfinite(high) and (math.isfinite(low) or low == -math.inf))]
+        if not ill:
+            return 0 < len(self._inputs) == len(found), None
+        value = "NaN" if any(math.isnan(low) for low in ill) else "infinity"
+        return True, NonFiniteOrigin(step=step, kind="input", value=value)
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.armed:
@@ -212,7 +212,7 @@ class NonFiniteMonitor:
             if not self._where and (self._trace is None or not self._trace.active):
                 if not torch.is_grad_enabled() or not (module.training or self._model.training):
                     return
-                if in_functorch() or in_backward() or torch.jit.is_tracing():
+                if in_functorch() or in_backward() or is_tracing():
                     return
                 self._open(args, kwargs)
             self._where.append(name)
