@@ -149,11 +149,12 @@ class Guard:
 
     def rearm(self) -> None:
         """Ask the cadence again whether the coming step is due; for cadences that change their mind between steps."""
+        self._observing.search.listen()
         self._arm_if_due()
 
     def disarm(self) -> None:
-        """Take the layer hooks off until :meth:`rearm`, as for a validation pass; what was gathered is kept."""
-        self._observing.signals.disarm()
+        """Take the hooks off the model until :meth:`rearm`, as for a validation pass; what was gathered is kept."""
+        self._observing.mute()
 
     def learn_loss(self, loss: Tensor) -> None:
         """Look at how a loss was computed, where :meth:`record` gets it without its graph."""
@@ -291,12 +292,10 @@ class Guard:
             return None
         started = self._tick()
         wrapped = wrap_closure(args, kwargs, lambda: self._read_in_closure(index))
-        if wrapped is not None:
-            self._tock(started)
-            return wrapped
-        self._read_at_step(index)
+        if wrapped is None:
+            self._read_at_step(index)
         self._tock(started)
-        return None
+        return wrapped
 
     def _read_in_closure(self, index: int) -> None:
         if self.attached:

@@ -138,6 +138,11 @@ class Observing:
         self.signals.disarm()
         self._begin()
 
+    def mute(self) -> None:
+        """Remove the hooks on the model, as for a validation pass; what was gathered is kept."""
+        self.signals.disarm()
+        self.search.mute()
+
     def discard(self) -> None:
         """Forget what the present step gathered; taps stay."""
         self._begin()

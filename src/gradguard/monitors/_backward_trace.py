@@ -7,17 +7,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gradguard.monitors._hooks import HookSet
-from gradguard.monitors._op_trace import queue_range
-from gradguard.monitors._reduce import Handle, Readback
+from gradguard.monitors._ranges import Measured, Ranges
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd.graph import Node
 
 __all__ = ["BackwardTrace", "NodeRecord"]
+
+_MOVERS = frozenset(
+    f"{name}Backward{version}"
+    for name in ("T", "View", "UnsafeView", "Transpose", "Permute", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias")
+    for version in (0, 1)
+)
+"""Nodes whose backward changes no number."""
 
 
 @dataclass(slots=True, eq=False)
@@ -29,14 +33,16 @@ class NodeRecord:
         sequence: Its sequence number, by which the operation that made it is known.
         leads_to: For each gradient that it gives, the index of the node that takes it; ``None`` where none does.
         leaf: Whether it hands its gradient to a leaf, as a parameter.
-        gave: Position and range of each gradient that it gave; ``None`` until it ran.
+        mover: Whether it gives the one gradient that it got, in another shape.
+        gave: Position and range of each gradient that it gave.
     """
 
     name: str
     sequence: int
     leads_to: list[int | None]
     leaf: bool
-    gave: list[tuple[int, Handle, Handle]] | None = None
+    mover: bool
+    gave: list[tuple[int, Measured]] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -51,12 +57,12 @@ class BackwardTrace:
     nodes: list[NodeRecord] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
 
-    def watch(self, losses: Iterable[Tensor], readback: Readback, hooks: HookSet) -> None:
+    def watch(self, losses: Iterable[Tensor], ranges: Ranges, hooks: HookSet) -> None:
         """Set a hook on every node that a backward pass from these losses runs through.
 
         Args:
             losses: What the backward pass starts from.
-            readback: Where ranges wait.
+            ranges: Measures.
             hooks: Takes the handles; close it after the pass.
         """
         found: dict[Node, int] = {}
@@ -71,24 +77,35 @@ class BackwardTrace:
                     found[following] = len(found)
                     graph.append(following)
                 targets.append(None if following is None else found[following])
-            sequence = getattr(node, "_sequence_nr", None)
-            leaf = not node.next_functions
-            self.nodes.append(NodeRecord(node.name(), -1 if sequence is None else sequence(), targets, leaf))
+            sequence, name = getattr(node, "_sequence_nr", None), node.name()
+            mover = len(targets) == 1 and name in _MOVERS
+            number = -1 if sequence is None else sequence()
+            self.nodes.append(NodeRecord(name, number, targets, leaf=not targets, mover=mover))
+        self._skip_movers()
         lock = threading.Lock()
         for index, node in enumerate(graph):
-            if not self.nodes[index].leaf:
-                hooks.add(node.register_hook(_NodeHook(self, index, readback, lock)))
+            if not self.nodes[index].leaf and not self.nodes[index].mover:
+                hooks.add(node.register_hook(_NodeHook(self, index, ranges, lock)))
+
+    def _skip_movers(self) -> None:
+        """Let gradients lead past nodes that only move them, which need no hook."""
+        for record in self.nodes:
+            for position, target in enumerate(record.leads_to):
+                aim = target
+                while aim is not None and self.nodes[aim].mover:
+                    aim = self.nodes[aim].leads_to[0]
+                record.leads_to[position] = aim
 
 
 class _NodeHook:
     """Measures what a node gives; a failure of ours must not reach the user's backward pass."""
 
-    __slots__ = ("_index", "_lock", "_readback", "_trace")
+    __slots__ = ("_index", "_lock", "_ranges", "_trace")
 
-    def __init__(self, trace: BackwardTrace, index: int, readback: Readback, lock: threading.Lock) -> None:
+    def __init__(self, trace: BackwardTrace, index: int, ranges: Ranges, lock: threading.Lock) -> None:
         self._trace = trace
         self._index = index
-        self._readback = readback
+        self._ranges = ranges
         self._lock = lock
 
     def __call__(self, given: tuple[Any, ...], _taken: tuple[Any, ...]) -> None:
@@ -97,9 +114,9 @@ class _NodeHook:
             self._trace.order.append(self._index)
             for position, gradient in enumerate(given):
                 try:
-                    measured = queue_range(self._readback, gradient) if isinstance(gradient, torch.Tensor) else None
+                    measured = self._ranges.take(gradient) if gradient is not None else None
                 except (RuntimeError, NotImplementedError, TypeError):  # of a kind that has no range
                     continue
                 if measured is not None:
-                    gave.append((position, measured.low, measured.high))
+                    gave.append((position, measured))
             self._trace.nodes[self._index].gave = gave

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch.overrides import resolve_name
 
 from gradguard.monitors._backward_trace import BackwardTrace, NodeRecord
-from gradguard.monitors._op_trace import Measured, OpRecord
-from gradguard.monitors._reduce import Readback
+from gradguard.monitors._op_trace import OpRecord
+from gradguard.monitors._ranges import Measured
 from gradguard.records import NonFiniteOrigin, TensorRange
 
 __all__ = ["blame_backward", "blame_forward"]
@@ -36,9 +36,7 @@ class _Culprit:
     also: int | None = None
 
 
-def blame_forward(
-    records: Sequence[OpRecord], ends: Sequence[Measured], readback: Readback, *, step: int
-) -> NonFiniteOrigin | None:
+def blame_forward(records: Sequence[OpRecord], ends: Sequence[Measured], *, step: int) -> NonFiniteOrigin | None:
     """Follow numbers that are not finite back to the operation whose operands all were.
 
     An infinity that was put in on purpose (``masked_fill`` with ``-inf``, a mask in the data) is no origin where
@@ -47,7 +45,6 @@ def blame_forward(
     Args:
         records: Operations in order of execution.
         ends: What should be finite: the losses.
-        readback: The ranges, fetched.
         step: Optimizer step.
 
     Returns:
@@ -55,56 +52,52 @@ def blame_forward(
 
     Source: ours; pitfalls.md, section 4, steps 4 and 5.
     """
-    ill = [end for end in ends if not math.isfinite(_range(end, readback)[0] + _range(end, readback)[1])]
+    ill = [end for end in ends if not end.finite]
     if not ill:
         return None
     culprits: list[_Culprit | None] = []
     for index, record in enumerate(records):
-        culprits.append(_culprit(index, record, culprits, readback))
+        culprits.append(_culprit(index, record, culprits))
     end = ill[0]
     culprit = culprits[end.source] if end.source >= 0 else _Culprit(index=-1, outside=end)
-    return None if culprit is None else _forward_origin(culprit, records, readback, step=step)
+    return None if culprit is None else _forward_origin(culprit, records, step=step)
 
 
-def _culprit(index: int, record: OpRecord, known: Sequence[_Culprit | None], readback: Readback) -> _Culprit | None:
+def _culprit(index: int, record: OpRecord, known: Sequence[_Culprit | None]) -> _Culprit | None:
     """Return where the numbers come from that are not finite in what an operation gave."""
-    results = [_range(m, readback) for m in record.results]
-    if all(math.isfinite(low) and math.isfinite(high) for low, high in results):
+    if all(m.finite for m in record.results):
         return None
-    nan = any(math.isnan(low) for low, _ in results)
-    bad = [m for m in record.operands if not all(map(math.isfinite, _range(m, readback)))]
+    nan = any(m.nan for m in record.results)
+    bad = [m for m in record.operands if not m.finite]
     if not bad:
         on_purpose = any(not math.isfinite(scalar) for scalar in record.scalars)
         return _Culprit(index=index, deliberate=on_purpose or (not record.operands and not nan))
-    from_nan = [m for m in bad if math.isnan(_range(m, readback)[0])]
-    traced = [_trace(index, m, known, readback) for m in (from_nan if nan and from_nan else bad)]
+    from_nan = [m for m in bad if m.nan]
+    traced = [_trace(index, m, known) for m in (from_nan if nan and from_nan else bad)]
     if nan and not from_nan:
         made = [c for c in traced if not c.deliberate]
         return _choose(made) if made else _Culprit(index=index, also=_choose(traced).index)
     return _choose(traced)
 
 
-def _trace(index: int, operand: Measured, known: Sequence[_Culprit | None], readback: Readback) -> _Culprit:
+def _trace(index: int, operand: Measured, known: Sequence[_Culprit | None]) -> _Culprit:
     earlier = known[operand.source] if operand.source >= 0 else None
     if earlier is not None:
         return earlier
-    low, high = _range(operand, readback)
-    return _Culprit(index=index, outside=operand, deliberate=low == -math.inf and high < math.inf)
+    return _Culprit(index=index, outside=operand, deliberate=operand.masked)
 
 
 def _choose(culprits: Sequence[_Culprit]) -> _Culprit:
     return min(culprits, key=lambda c: (4 if c.outside is None else _FIRST.get(c.outside.kind, 4), c.index))
 
 
-def _forward_origin(
-    culprit: _Culprit, records: Sequence[OpRecord], readback: Readback, *, step: int
-) -> NonFiniteOrigin:
+def _forward_origin(culprit: _Culprit, records: Sequence[OpRecord], *, step: int) -> NonFiniteOrigin:
     outside = culprit.outside
     record = records[culprit.index] if culprit.index >= 0 else None
     kind, op, name, node = "forward", _name(record.func) if record is not None else "", "", ""
-    ranges = record.results if record is not None else []
+    shown = record.results if record is not None else []
     if outside is not None:
-        ranges = [outside]
+        shown = [outside]
         if outside.kind in {"parameter", "buffer"}:
             kind, name = "parameter", outside.name
         elif outside.kind in {"input", "data"}:
@@ -117,20 +110,20 @@ def _forward_origin(
     return NonFiniteOrigin(
         step=step,
         kind=kind,
-        value=_value([_range(m, readback) for m in ranges]),
+        value=_value(shown),
         op=op,
         node=node,
         module=record.module if record is not None else "",
         inside=record.inside if record is not None else False,
         name=name,
         place=record.place if record is not None else "",
-        operands=_operands(record, readback),
+        operands=_operands(record),
         also="" if also is None else _name(also.func) + (f" at {also.place}" if also.place else ""),
     )
 
 
 def blame_backward(
-    records: Sequence[OpRecord], passes: Sequence[BackwardTrace], readback: Readback, *, step: int
+    records: Sequence[OpRecord], passes: Sequence[BackwardTrace], *, step: int
 ) -> NonFiniteOrigin | None:
     """Return the first graph node that got finite gradients and gave one that is not, on its way to a parameter.
 
@@ -139,37 +132,31 @@ def blame_backward(
     Args:
         records: Operations of the forward pass.
         passes: The backward passes of the step, in order.
-        readback: The ranges, fetched.
         step: Optimizer step.
 
     Source: ours; pitfalls.md, section 4, step 5.
     """
     for trace in passes:
-        found = _first_bad_node(trace, readback)
+        found = _first_bad_node(trace)
         if found is not None:
-            node, ranges = found
+            node, gave = found
             record = next((r for r in records if r.first_node <= node.sequence < r.end_node), None)
             return NonFiniteOrigin(
                 step=step,
                 kind="backward",
-                value=_value(ranges),
+                value=_value(gave),
                 op=_name(record.func) if record is not None else "",
                 node=node.name,
                 module=record.module if record is not None else "",
                 inside=record.inside if record is not None else False,
                 place=record.place if record is not None else "",
-                operands=_operands(record, readback),
+                operands=_operands(record),
             )
     return None
 
 
-def _first_bad_node(trace: BackwardTrace, readback: Readback) -> tuple[NodeRecord, list[tuple[float, float]]] | None:
-    bad: dict[int, list[tuple[int, tuple[float, float]]]] = {}
-    for index in trace.order:
-        gave = [(i, (readback.value(low), readback.value(high))) for i, low, high in trace.nodes[index].gave or ()]
-        ill = [(i, limits) for i, limits in gave if not all(map(math.isfinite, limits))]
-        if ill:
-            bad[index] = ill
+def _first_bad_node(trace: BackwardTrace) -> tuple[NodeRecord, list[Measured]] | None:
+    bad = {i: ill for i in trace.order if (ill := [(p, m) for p, m in trace.nodes[i].gave if not m.finite])}
     harmful: set[int] = set()
     for index in reversed(trace.order):  # what takes a gradient runs after what gives it
         targets = [trace.nodes[index].leads_to[position] for position, _ in bad.get(index, ())]
@@ -177,24 +164,25 @@ def _first_bad_node(trace: BackwardTrace, readback: Readback) -> tuple[NodeRecor
             harmful.add(index)
     taking = {trace.nodes[i].leads_to[position] for i in bad for position, _ in bad[i]}
     first = next((i for i in trace.order if i in harmful and i not in taking), None)
-    return None if first is None else (trace.nodes[first], [limits for _, limits in bad[first]])
+    return None if first is None else (trace.nodes[first], [m for _, m in bad[first]])
 
 
-def _range(measured: Measured, readback: Readback) -> tuple[float, float]:
-    return readback.value(measured.low), readback.value(measured.high)
+def _value(shown: Sequence[Measured]) -> str:
+    return "NaN" if any(m.nan for m in shown if not m.finite) else "infinity"
 
 
-def _value(ranges: Sequence[tuple[float, float]]) -> str:
-    return "NaN" if any(math.isnan(low) for low, _ in ranges) else "infinity"
-
-
-def _operands(record: OpRecord | None, readback: Readback) -> tuple[TensorRange, ...]:
+def _operands(record: OpRecord | None) -> tuple[TensorRange, ...]:
     if record is None:
         return ()
     tensors = [
-        TensorRange(low=low, high=high, dtype=m.dtype, name=m.name if m.kind in {"parameter", "buffer"} else "")
+        TensorRange(
+            low=m.low,
+            high=m.high,
+            dtype=str(m.dtype).removeprefix("torch."),
+            name=m.name if m.kind in {"parameter", "buffer"} else "",
+        )
         for m in record.operands
-        for low, high in (_range(m, readback),)
+        if m.exact
     ]
     return (*tensors, *(TensorRange(low=float(s), high=float(s)) for s in record.scalars if not isinstance(s, bool)))
 

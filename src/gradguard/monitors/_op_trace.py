@@ -18,12 +18,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from gradguard.monitors._hooks import in_functorch, is_tracing
-from gradguard.monitors._reduce import Handle, Readback, dense
+from gradguard.monitors._ranges import Measured, Ranges
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BACKWARD_CALLS", "Measured", "OpRecord", "OpTrace", "queue_range", "sequence_number"]
+__all__ = ["BACKWARD_CALLS", "OpRecord", "OpTrace", "sequence_number"]
 
 BACKWARD_CALLS = (torch.Tensor.backward, torch.autograd.backward)
 """Calls that start a backward pass. ``torch.autograd.grad`` is an operation: what it gives goes on in the forward
@@ -32,15 +32,16 @@ pass."""
 _MOST_RECORDS = 100_000
 """Operations recorded in one step; what comes later passes unseen. Ours: a bound of about 100 MiB of host memory."""
 
-_MOST_INTEGERS = 1 << 16
-"""Integer tensors above this size are not measured: a divisor of 0 is a small tensor. Ours."""
-
 _FRAMES = 6
 """Frames looked through for the user's line. Ours: torch's own wrappers around an operation are at most four deep."""
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep  # noqa: PTH120  # compared with the file names of code objects
 _TORCH_MODULES = os.path.join(_TORCH, "nn", "modules", "")  # noqa: PTH118  # as above
-_OURS = os.path.dirname(__file__) + os.sep  # noqa: PTH120  # as above
+_QUIET = (
+    os.path.dirname(__file__) + os.sep,  # noqa: PTH120  # as above
+    os.path.join(_TORCH, "optim", ""),  # noqa: PTH118  # as above
+)
+"""Where calls come from that are no part of a step's forward pass: from here, and from the optimizer's update."""
 
 # What torch offers for the stack of modes is private, as is the way to the caller's frame in Python. Checked with 2.13.
 _stack_size: Callable[[], int] = torch._C._len_torch_function_stack  # noqa: SLF001  # see above
@@ -49,37 +50,25 @@ _pop_mode: Callable[[], Any] = torch._C._pop_torch_function_stack  # noqa: SLF00
 _frame = sys._getframe  # noqa: SLF001  # see above
 _SEQUENCE = getattr(torch.autograd, "_get_sequence_nr", None)
 
+_TAME = frozenset(
+    (
+        *("linear", "conv1d", "conv2d", "conv3d", "bilinear", "embedding", "matmul", "mm", "bmm", "addmm", "baddbmm"),
+        *("relu", "relu_", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "dropout", "cat", "stack", "add"),
+        *("add_", "sub", "sub_", "mul", "mul_", "__matmul__", "layer_norm", "batch_norm", "group_norm", "max_pool2d"),
+        *("avg_pool2d", "adaptive_avg_pool2d", "flatten", "reshape", "view", "transpose", "permute", "contiguous"),
+        *("clone", "detach", "to", "float", "mean", "sum", "chunk", "split", "unbind", "expand", "flip", "copy_"),
+    )
+)
+"""Operations that make nothing non-finite but by entries near the end of their type's range: of their large operands
+the sum is enough to tell whether they are finite. Ours."""
+
 _NAMES_OF_UNSET = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 """Functions whose result means nothing until it is written to."""
 
 
 def sequence_number() -> int:
-    """Return the number that this thread's next graph node will get; 0 where torch does not tell (checked with 2.13)."""
+    """Return the number that this thread's next graph node gets; 0 where torch does not tell (checked with 2.13)."""
     return int(_SEQUENCE()) if _SEQUENCE is not None else 0
-
-
-@dataclass(slots=True, eq=False)
-class Measured:
-    """The range of one tensor at one moment, and where the tensor came from.
-
-    Attributes:
-        low: Where its smallest entry waits.
-        high: Where its largest entry waits.
-        source: Index of the operation that made it, -1 for what came from outside.
-        kind: ``"op"``, ``"parameter"``, ``"buffer"``, ``"input"`` (an argument of the model), ``"data"`` (another
-            tensor without a graph) or ``"unseen"`` (made by code that no mode sees, as a custom autograd function).
-        name: Name of a parameter or buffer, or of the graph node that made an unseen tensor.
-        numel: Number of entries.
-        dtype: Its type in words.
-    """
-
-    low: Handle
-    high: Handle
-    source: int
-    kind: str
-    name: str
-    numel: int
-    dtype: str
 
 
 @dataclass(slots=True, eq=False)
@@ -121,7 +110,7 @@ class OpTrace(TorchFunctionMode):
 
     def __init__(
         self,
-        readback: Readback,
+        ranges: Ranges,
         *,
         named: dict[int, tuple[str, str]],
         where: list[str],
@@ -131,7 +120,7 @@ class OpTrace(TorchFunctionMode):
         """Prepare a record.
 
         Args:
-            readback: Where ranges wait.
+            ranges: Measures.
             named: Kind and name by ``id`` of parameters, buffers and inputs; what it names is kept alive by the caller.
             where: Names of the modules that are running, innermost last; kept by the caller.
             around_backward: Called instead of a call that starts a backward pass; makes that call.
@@ -142,7 +131,7 @@ class OpTrace(TorchFunctionMode):
         self.active = False
         self.full = False
         self.spent_s = 0.0
-        self._readback = readback
+        self._ranges = ranges
         self._named = named
         self._where = where
         self._around_backward = around_backward
@@ -190,14 +179,19 @@ class OpTrace(TorchFunctionMode):
             self.spent_s += time.perf_counter() - started
         return result
 
-    def measure(self, tensor: Tensor) -> Measured | None:
-        """Return the range of a tensor as it is now; ``None`` where there is nothing to measure."""
+    def measure(self, tensor: Tensor, *, exact: bool = False) -> Measured | None:
+        """Return what is known of a tensor as it is now; ``None`` where there is nothing to measure.
+
+        Args:
+            tensor: Any tensor.
+            exact: Whether its range is wanted, however large it is.
+        """
         known = self._known.get(id(tensor))
         fresh = known is not None and known[0]() is tensor
         version = _version(tensor)
-        if known is not None and fresh and known[1] == version:
+        if known is not None and fresh and known[1] == version and (known[2].exact or not exact):
             return known[2]
-        measured = queue_range(self._readback, tensor)
+        measured = self._ranges.take(tensor, exact=exact)
         if measured is None:
             return None
         writer = self._writers.get(_storage(tensor), -1) if self._writers else -1
@@ -223,8 +217,8 @@ class OpTrace(TorchFunctionMode):
     ) -> tuple[OpRecord, list[Tensor], list[int]] | None:
         """Measure what an operation takes; ``None`` where it is not to be recorded."""
         try:
-            ours, place = _place(frame)
-            if ours:
+            passed, place = _place(frame)
+            if passed:
                 return None
             if len(self.records) >= _MOST_RECORDS:
                 self.full = True
@@ -237,7 +231,8 @@ class OpTrace(TorchFunctionMode):
             if getattr(func, "__name__", "") == "__get__":
                 operands: list[Measured] = []
             else:
-                operands = [m for t in taken if (m := self.measure(t)) is not None]
+                exact = getattr(func, "__name__", "") not in _TAME
+                operands = [m for t in taken if (m := self.measure(t, exact=exact)) is not None]
             module = self._where[-1] if self._where else ""
             record = OpRecord(func, module, place, operands, tuple(scalars), bool(self._where))
             record.first_node = sequence_number()
@@ -266,7 +261,7 @@ class OpTrace(TorchFunctionMode):
             for tensor in [*given, *(t for t in changed if all(t is not g for g in given))]:
                 if name in _NAMES_OF_UNSET or self._inherit(taken, tensor):
                     continue
-                measured = queue_range(self._readback, tensor)
+                measured = self._ranges.take(tensor)
                 if measured is not None:
                     measured.source, measured.kind = index, "op"
                     record.results.append(measured)
@@ -302,22 +297,6 @@ def _sort(values: Any, tensors: list[Tensor], scalars: list[float], depth: int =
             _sort(value, tensors, scalars, depth - 1)
 
 
-def queue_range(readback: Readback, tensor: Tensor) -> Measured | None:
-    """Queue the range of a tensor."""
-    if tensor.numel() == 0 or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
-        return None
-    values: Tensor | None = tensor.detach()
-    if tensor.is_floating_point() or tensor.is_complex():
-        values = dense(tensor.detach())
-    elif tensor.layout is not torch.strided or tensor.dtype is torch.bool or tensor.numel() > _MOST_INTEGERS:
-        values = None
-    if values is None or values.numel() == 0:
-        return None
-    low, high = torch.aminmax(values)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Measured(readback.put(low), readback.put(high), -1, "data", "", tensor.numel(), dtype)
-
-
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
@@ -330,12 +309,12 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _place(frame: Any) -> tuple[bool, str]:
-    """Return whether code of ours called, and the file and line of the user's code, empty for a module of torch."""
+    """Return whether to pass a call over, and the file and line of the user's code, empty for a module of torch."""
     for _ in range(_FRAMES):
         if frame is None:
             break
         file = frame.f_code.co_filename
-        if file.startswith(_OURS):
+        if file.startswith(_QUIET):
             return True, ""
         if file.startswith(_TORCH_MODULES):
             break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import weakref
@@ -16,8 +15,8 @@ from gradguard.monitors._backward_trace import BackwardTrace
 from gradguard.monitors._blame import blame_backward, blame_forward
 from gradguard.monitors._describe import clean_name
 from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch, is_tracing
-from gradguard.monitors._op_trace import Measured, OpTrace, queue_range
-from gradguard.monitors._reduce import Readback
+from gradguard.monitors._op_trace import OpTrace
+from gradguard.monitors._ranges import Measured, Ranges
 from gradguard.monitors._trees import floating_tensors, tensors
 from gradguard.records import NonFiniteOrigin
 
@@ -67,7 +66,7 @@ class NonFiniteMonitor:
         self._begin()
 
     def _begin(self) -> None:
-        self._readback = Readback()
+        self._ranges = Ranges()
         self._where: list[str] = []
         self._named: dict[int, tuple[str, str]] = {}
         self._held: list[Tensor] = []
@@ -78,17 +77,23 @@ class NonFiniteMonitor:
         self._passes: list[BackwardTrace] = []
 
     def listen(self) -> None:
-        """Remember each batch that the model is given, by one hook on the model; see :meth:`remember`."""
+        """Remember each batch that the model is given, by one hook on the model; calling twice is harmless."""
         model = self._model
-        if not isinstance(model, (torch.jit.ScriptModule, nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+        if not len(self._listener) and not isinstance(
+            model, (torch.jit.ScriptModule, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+        ):
             hook = Hook(self, NonFiniteMonitor._on_batch)
             self._listener.add(model.register_forward_pre_hook(hook, with_kwargs=True))
 
     def close(self) -> None:
         """Remove everything, for good."""
-        self._listener.close()
+        self.mute()
         self._inputs = []
         self.disarm()
+
+    def mute(self) -> None:
+        """Stop remembering batches until :meth:`listen`."""
+        self._listener.close()
 
     def arm(self, steps: int = 1) -> str:
         """Set hooks on every module; calling twice is harmless.
@@ -156,13 +161,13 @@ class NonFiniteMonitor:
         self.pause()
         trace = self._trace
         try:
-            self._readback.fetch()
-            origin = blame_forward(trace.records, self._losses, self._readback, step=step)
+            self._ranges.fetch()
+            origin = blame_forward(trace.records, self._losses, step=step)
             if origin is None:
-                origin = blame_forward(trace.records, _abandoned(trace), self._readback, step=step)
+                origin = blame_forward(trace.records, _abandoned(trace), step=step)
             if origin is None:
                 passes = self._passes[-1:] if self._scaled else self._passes
-                origin = blame_backward(trace.records, passes, self._readback, step=step)
+                origin = blame_backward(trace.records, passes, step=step)
         except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's loop
             origin = None
             self._fail(error)
@@ -194,15 +199,14 @@ class NonFiniteMonitor:
             Whether every tensor of the batch could be looked at (and there was one); the batch as an origin, or
             ``None`` where what could be looked at is finite.
         """
-        readback = Readback()
+        ranges = Ranges()
         alive = [t for reference, version in self._inputs if (t := reference()) is not None and t._version == version]
-        found = [m for t in alive if not t.requires_grad and (m := queue_range(readback, t)) is not None]
-        readback.fetch()
-        ranges = [(readback.value(m.low), readback.value(m.high)) for m in found]
-        ill = [low for low, high in ranges if not (math.isfinite(high) and (math.isfinite(low) or low == -math.inf))]
+        found = [m for t in alive if not t.requires_grad and (m := ranges.take(t, exact=True)) is not None]
+        ranges.fetch()
+        ill = [measured for measured in found if not measured.finite and not measured.masked]
         if not ill:
             return 0 < len(self._inputs) == len(found), None
-        value = "NaN" if any(math.isnan(low) for low in ill) else "infinity"
+        value = "NaN" if any(measured.nan for measured in ill) else "infinity"
         return True, NonFiniteOrigin(step=step, kind="input", value=value)
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -230,7 +234,7 @@ class NonFiniteMonitor:
     def _open(self, args: Any, kwargs: Any) -> None:
         if self._trace is None:
             self._trace = OpTrace(
-                self._readback,
+                self._ranges,
                 named=self._named,
                 where=self._where,
                 around_backward=self._around_backward,
@@ -268,7 +272,7 @@ class NonFiniteMonitor:
         for loss in losses:
             self._add_loss(trace, loss)
         backward = BackwardTrace()
-        backward.watch(losses, self._readback, hooks)
+        backward.watch(losses, self._ranges, hooks)
         self._passes.append(backward)
 
     def _add_loss(self, trace: OpTrace, loss: Tensor) -> None:
