@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.overrides import resolve_name
 
@@ -17,6 +17,10 @@ __all__ = ["blame_backward", "blame_forward"]
 
 _FIRST = {"parameter": 0, "buffer": 1, "input": 2, "data": 3}
 """Which of several sources is named: what was not finite before the step began, then the earliest operation."""
+
+
+_FROM_NUMBERS = frozenset({"torch.tensor", "torch.as_tensor", "torch.asarray"})
+"""Operations whose results are data of the user's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +59,18 @@ def blame_forward(records: Sequence[OpRecord], ends: Sequence[Measured], *, step
     ill = [end for end in ends if not end.finite]
     if not ill:
         return None
-    culprits: list[_Culprit | None] = []
-    for index, record in enumerate(records):
-        culprits.append(_culprit(index, record, culprits))
+    culprits = _culprits(records)
     end = ill[0]
     culprit = culprits[end.source] if end.source >= 0 else _Culprit(index=-1, outside=end)
     return None if culprit is None else _forward_origin(culprit, records, step=step)
+
+
+def _culprits(records: Sequence[OpRecord]) -> list[_Culprit | None]:
+    """Return for each operation where its non-finite results come from, ``None`` where they are finite."""
+    culprits: list[_Culprit | None] = []
+    for index, record in enumerate(records):
+        culprits.append(_culprit(index, record, culprits))
+    return culprits
 
 
 def _culprit(index: int, record: OpRecord, known: Sequence[_Culprit | None]) -> _Culprit | None:
@@ -70,8 +80,8 @@ def _culprit(index: int, record: OpRecord, known: Sequence[_Culprit | None]) -> 
     nan = any(m.nan for m in record.results)
     bad = [m for m in record.operands if not m.finite]
     if not bad:
-        on_purpose = any(not math.isfinite(scalar) for scalar in record.scalars)
-        return _Culprit(index=index, deliberate=on_purpose or (not record.operands and not nan))
+        on_purpose = not record.operands or any(not math.isfinite(scalar) for scalar in record.scalars)
+        return _Culprit(index=index, deliberate=on_purpose and all(m.masked for m in record.results if not m.finite))
     from_nan = [m for m in bad if m.nan]
     traced = [_trace(index, m, known) for m in (from_nan if nan and from_nan else bad)]
     if nan and not from_nan:
@@ -104,8 +114,8 @@ def _forward_origin(culprit: _Culprit, records: Sequence[OpRecord], *, step: int
             kind = "input"
         else:
             op, node = "", outside.name
-    elif record is not None and not record.operands and not culprit.deliberate:
-        kind = "input"  # made of numbers that are no tensors: torch.tensor(batch)
+    elif op in _FROM_NUMBERS:
+        kind = "input"
     also = records[culprit.also] if culprit.also is not None and culprit.also != culprit.index else None
     return NonFiniteOrigin(
         step=step,
@@ -127,7 +137,9 @@ def blame_backward(
 ) -> NonFiniteOrigin | None:
     """Return the first graph node that got finite gradients and gave one that is not, on its way to a parameter.
 
-    Gradients that are not finite and end before they reach a leaf, as behind the zeros of a ReLU, harm nothing.
+    Gradients that are not finite and end before they reach a leaf, as behind the zeros of a ReLU, harm nothing. Where an
+    operand of the node was not finite already, which the loss does not show (``where``, a bounded activation), its
+    origin is named.
 
     Args:
         records: Operations of the forward pass.
@@ -140,7 +152,16 @@ def blame_backward(
         found = _first_bad_node(trace)
         if found is not None:
             node, gave = found
-            record = next((r for r in records if r.first_node <= node.sequence < r.end_node), None)
+            index = next((i for i, r in enumerate(records) if r.first_node <= node.sequence < r.end_node), None)
+            record = None if index is None else records[index]
+            bad = [] if record is None else [m for m in record.operands if not m.finite]
+            if (
+                index is not None and bad
+            ):  # finite gradients met what the forward pass had lost before, unseen by the loss
+                known = _culprits(records)
+                source = _choose([_trace(index, m, known) for m in bad])
+                earlier = _forward_origin(source, records, step=step)
+                return earlier if earlier.kind != "forward" else replace(earlier, kind="backward", node=node.name)
             return NonFiniteOrigin(
                 step=step,
                 kind="backward",

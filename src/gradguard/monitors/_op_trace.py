@@ -32,6 +32,10 @@ pass."""
 _MOST_RECORDS = 100_000
 """Operations recorded in one step; what comes later passes unseen. Ours: a bound of about 100 MiB of host memory."""
 
+_MOST_OUTSIDE = 10_000
+"""Operations recorded between the model's forward pass and whatever ends the step, which an exception in the user's
+loop may put off for good. Ours."""
+
 _FRAMES = 6
 """Frames looked through for the user's line. Ours: torch's own wrappers around an operation are at most four deep."""
 
@@ -129,6 +133,7 @@ class OpTrace(TorchFunctionMode):
         super().__init__()
         self.records: list[OpRecord] = []
         self.active = False
+        self._on_stack = False
         self.full = False
         self.spent_s = 0.0
         self._ranges = ranges
@@ -138,6 +143,7 @@ class OpTrace(TorchFunctionMode):
         self._on_failure = on_failure
         self._known: dict[int, tuple[weakref.ref[Tensor], int, Measured]] = {}
         self._writers: dict[int, int] = {}
+        self._outside = 0
 
     def open(self) -> bool:
         """Put the mode on the stack of this thread; return whether it may stay there after the model's forward pass.
@@ -145,7 +151,7 @@ class OpTrace(TorchFunctionMode):
         Above another mode it may not: whoever leaves that one takes the topmost off.
         """
         alone = _stack_size() == 0
-        self.active = True
+        self.active = self._on_stack = True
         _push_mode(self)
         return alone
 
@@ -153,11 +159,12 @@ class OpTrace(TorchFunctionMode):
         """Take the mode off the stack of this thread, wherever in it it is; harmless where it is not there."""
         self.active = False
         above = []
-        while _stack_size():
+        while self._on_stack and _stack_size():
             mode = _pop_mode()
             if mode is self:
                 break
             above.append(mode)
+        self._on_stack = False
         for mode in reversed(above):
             _push_mode(mode)
 
@@ -220,9 +227,10 @@ class OpTrace(TorchFunctionMode):
             passed, place = _place(frame)
             if passed:
                 return None
-            if len(self.records) >= _MOST_RECORDS:
+            if len(self.records) >= _MOST_RECORDS or self._outside >= _MOST_OUTSIDE:
                 self.full = True
                 return None
+            self._outside = 0 if self._where else self._outside + 1
             taken: list[Tensor] = []
             scalars: list[float] = []
             _sort(args, taken, scalars)

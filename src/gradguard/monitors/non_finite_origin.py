@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +58,7 @@ class NonFiniteMonitor:
         self._hooks = HookSet()
         self._quick_hooks = HookSet()
         self._quick: list[tuple[nn.Module, str]] = []
-        self._inputs: list[tuple[weakref.ref[Tensor], int]] = []
+        self._inputs: list[tuple[Tensor, int]] = []
         self.armed = False
         self.failed = False
         self.spent_s = 0.0
@@ -75,6 +74,9 @@ class NonFiniteMonitor:
         self._stays = False
         self._losses: list[Measured] = []
         self._passes: list[BackwardTrace] = []
+        self._segment = 0
+        self._passes_before = 0
+        self._skipped: list[tuple[int, int]] = []
 
     def listen(self) -> None:
         """Remember each batch that the model is given, by one hook on the model; calling twice is harmless."""
@@ -143,9 +145,9 @@ class NonFiniteMonitor:
         trace = self._trace
         if trace is None:
             return
-        if trace.active and threading.get_ident() == self._thread:
-            trace.close()
         trace.active = False
+        if threading.get_ident() == self._thread:
+            trace.close()
         if isinstance(loss, torch.Tensor) and not self._losses:
             self._add_loss(trace, loss)
 
@@ -155,6 +157,7 @@ class NonFiniteMonitor:
         Args:
             step: Optimizer step, from 0.
         """
+        self._inputs = []
         if not self.armed or self._trace is None:
             return None
         started = time.perf_counter()
@@ -164,7 +167,7 @@ class NonFiniteMonitor:
             self._ranges.fetch()
             origin = blame_forward(trace.records, self._losses, step=step)
             if origin is None:
-                origin = blame_forward(trace.records, _abandoned(trace), step=step)
+                origin = blame_forward(trace.records, _abandoned(trace, self._skipped), step=step)
             if origin is None:
                 passes = self._passes[-1:] if self._scaled else self._passes
                 origin = blame_backward(trace.records, passes, step=step)
@@ -180,8 +183,15 @@ class NonFiniteMonitor:
         return origin
 
     def remember(self, *values: Any) -> None:
-        """Keep weak references to the floating-point tensors of a batch, until the next one; no copy is made."""
-        self._inputs = [(weakref.ref(t), t._version) for t in floating_tensors(values) if not t.is_inference()]
+        """Keep the floating-point tensors of a batch in host memory until the step is over; no copy is made.
+
+        Those on other devices are of no use: there a loss is not known before the step is over.
+        """
+        self._inputs = [
+            (t, t._version)
+            for t in floating_tensors(values)
+            if t.device.type == "cpu" and not t.requires_grad and not t.is_inference()
+        ]
 
     def _on_batch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module.training and not in_functorch():
@@ -190,7 +200,7 @@ class NonFiniteMonitor:
     def look_at_batch(self, step: int) -> tuple[bool, NonFiniteOrigin | None]:
         """Look for NaN and infinity in the batch that is remembered. Synchronises.
 
-        A tensor that is gone, or was written to since, says nothing. Infinities below all else are a mask.
+        A tensor that was written to since says nothing. Infinities below all else are a mask.
 
         Args:
             step: Optimizer step, from 0.
@@ -200,8 +210,8 @@ class NonFiniteMonitor:
             ``None`` where what could be looked at is finite.
         """
         ranges = Ranges()
-        alive = [t for reference, version in self._inputs if (t := reference()) is not None and t._version == version]
-        found = [m for t in alive if not t.requires_grad and (m := ranges.take(t, exact=True)) is not None]
+        same = [tensor for tensor, version in self._inputs if tensor._version == version]
+        found = [measured for tensor in same if (measured := ranges.take(tensor, exact=True)) is not None]
         ranges.fetch()
         ill = [measured for measured in found if not measured.finite and not measured.masked]
         if not ill:
@@ -213,6 +223,8 @@ class NonFiniteMonitor:
         if not self.armed:
             return
         try:
+            if not self._where and self._trace is not None:
+                self._begin_segment(self._trace)
             if not self._where and (self._trace is None or not self._trace.active):
                 if not torch.is_grad_enabled() or not (module.training or self._model.training):
                     return
@@ -222,6 +234,12 @@ class NonFiniteMonitor:
             self._where.append(name)
         except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's forward pass
             self._fail(error)
+
+    def _begin_segment(self, trace: OpTrace) -> None:
+        """Note that another forward pass begins, and whether what the last one gave was gone on with."""
+        if self._segment < len(trace.records) and not self._passes_before < len(self._passes):
+            self._skipped.append((self._segment, len(trace.records)))
+        self._segment, self._passes_before = len(trace.records), len(self._passes)
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if name not in self._where:
@@ -285,13 +303,21 @@ class NonFiniteMonitor:
         self._on_failure("the search for the origin of NaN or infinity", error)
 
 
-def _abandoned(trace: OpTrace) -> list[Measured]:
-    """Return the scalars with a graph that the loop computed from what the model gave: losses it did not go on with."""
+def _abandoned(trace: OpTrace, segments: Sequence[tuple[int, int]]) -> list[Measured]:
+    """Return the scalars that the loop computed from what the model gave and did not go on with: losses it skipped."""
+    consumed = {
+        operand.source
+        for record in trace.records
+        if record.results and record.end_node > record.first_node  # loss.isfinite() goes on to nothing
+        for operand in record.operands
+    }
     return [
         result
-        for record in trace.records
+        for start, end in segments
+        for index in range(start, end)
+        if index not in consumed and not (record := trace.records[index]).inside and record.end_node > record.first_node
         for result in record.results
-        if not record.inside and result.numel == 1 and record.end_node > record.first_node
+        if result.numel == 1
     ]
 
 
