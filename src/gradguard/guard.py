@@ -160,6 +160,10 @@ class Guard:
         """Look at how a loss was computed, where :meth:`record` gets it without its graph."""
         self._observing.losses.learn(loss)
 
+    def learn_batch(self, batch: Any) -> None:
+        """Remember the batch of the coming step, where the model itself is not called with it; no copy is made."""
+        self._observing.search.remember(batch)
+
     def skip(self) -> None:
         """Say that the coming step brings no gradients on purpose, so that nothing is read and nothing reported."""
         self._skipped = True

@@ -93,7 +93,11 @@ def _where(found: NonFiniteOrigin, layer: str | None) -> str:
     place = f" at {found.place}" if found.place else ""
     if layer:
         return f"{name} in {layer}{place}"
-    return f"{name} in the model's forward pass{place}" if found.inside else f"{name} outside of the model{place}"
+    return (
+        f"{name} in the model's forward pass{place}"
+        if found.inside
+        else f"{name} outside of the model's forward pass{place}"
+    )
 
 
 def _cause(found: NonFiniteOrigin) -> Cause:

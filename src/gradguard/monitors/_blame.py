@@ -133,23 +133,24 @@ def _forward_origin(culprit: _Culprit, records: Sequence[OpRecord], *, step: int
 
 
 def blame_backward(
-    records: Sequence[OpRecord], passes: Sequence[BackwardTrace], *, step: int
+    records: Sequence[OpRecord], passes: Sequence[BackwardTrace], *, step: int, trust_sums: bool = True
 ) -> NonFiniteOrigin | None:
     """Return the first graph node that got finite gradients and gave one that is not, on its way to a parameter.
 
-    Gradients that are not finite and end before they reach a leaf, as behind the zeros of a ReLU, harm nothing. Where an
-    operand of the node was not finite already, which the loss does not show (``where``, a bounded activation), its
+    Gradients that are not finite and end before they reach a leaf, as behind the zeros of a ReLU, harm nothing. Where
+    an operand of the node was not finite already, which the loss does not show (``where``, a bounded activation), its
     origin is named.
 
     Args:
         records: Operations of the forward pass.
         passes: The backward passes of the step, in order.
+        trust_sums: Whether an infinite sum of many entries means an infinite entry.
         step: Optimizer step.
 
     Source: ours; pitfalls.md, section 4, step 5.
     """
     for trace in passes:
-        found = _first_bad_node(trace)
+        found = _first_bad_node(trace, trust_sums=trust_sums)
         if found is not None:
             node, gave = found
             index = next((i for i, r in enumerate(records) if r.first_node <= node.sequence < r.end_node), None)
@@ -176,8 +177,12 @@ def blame_backward(
     return None
 
 
-def _first_bad_node(trace: BackwardTrace) -> tuple[NodeRecord, list[Measured]] | None:
-    bad = {i: ill for i in trace.order if (ill := [(p, m) for p, m in trace.nodes[i].gave if not m.finite])}
+def _first_bad_node(trace: BackwardTrace, *, trust_sums: bool) -> tuple[NodeRecord, list[Measured]] | None:
+    bad: dict[int, list[tuple[int, Measured]]] = {}
+    for index in trace.order:
+        ill = [(p, m) for p, m in trace.nodes[index].gave if not m.finite and (trust_sums or not m.unsure)]
+        if ill:
+            bad[index] = ill
     harmful: set[int] = set()
     for index in reversed(trace.order):  # what takes a gradient runs after what gives it
         targets = [trace.nodes[index].leads_to[position] for position, _ in bad.get(index, ())]

@@ -61,6 +61,11 @@ class Measured:
         return math.isnan(self.low) if self.exact else math.isnan(self.total)
 
     @property
+    def unsure(self) -> bool:
+        """Whether it was called infinite for a sum that may only have left the range of float32."""
+        return not self.exact and math.isinf(self.total)
+
+    @property
     def masked(self) -> bool:
         """Whether it holds infinities below all else, as a mask does, and no others."""
         return self.low == -math.inf and self.high < math.inf if self.exact else self.total == -math.inf

@@ -170,7 +170,9 @@ class NonFiniteMonitor:
                 origin = blame_forward(trace.records, _abandoned(trace, self._skipped), step=step)
             if origin is None:
                 passes = self._passes[-1:] if self._scaled else self._passes
-                origin = blame_backward(trace.records, passes, step=step)
+                unsure = any(m.unsure for one in passes for node in one.nodes for _, m in node.gave)
+                sums = not unsure or self._gradients_may_be_ill()
+                origin = blame_backward(trace.records, passes, step=step, trust_sums=sums)
         except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's loop
             origin = None
             self._fail(error)
@@ -181,6 +183,18 @@ class NonFiniteMonitor:
             self._left = 0
             self.disarm()
         return origin
+
+    def _gradients_may_be_ill(self) -> bool:
+        """Whether a gradient that is there holds a NaN or an infinity, or one is not there to be asked.
+
+        A sum of finite entries may leave the range of float32; then nothing is wrong yet.
+        """
+        ranges = Ranges()
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        given = [p.grad for p in trained if p.grad is not None]
+        found = [measured for gradient in given if (measured := ranges.take(gradient, exact=True)) is not None]
+        ranges.fetch()
+        return len(found) < len(trained) or not all(measured.finite for measured in found)
 
     def remember(self, *values: Any) -> None:
         """Keep the floating-point tensors of a batch in host memory until the step is over; no copy is made.
