@@ -333,6 +333,16 @@ def test_gradients_beyond_the_range_of_a_sum_are_nothing_yet() -> None:
     assert search(model, x, lambda net, data: (net(data) * 1e36).sum() * 1e3) is not None
 
 
+@pytest.mark.parametrize("function", [torch.log, all_masked, torch.sigmoid], ids=["log", "masked", "healthy"])
+def test_numbers_that_wait_on_their_device_say_the_same(
+    function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU no number is asked for before the step is over."""
+    at_once = search(net(function))
+    monkeypatch.setattr("gradguard.monitors._ranges._AT_ONCE", "none")
+    assert search(net(function)) == at_once
+
+
 # ------------------------------------------------------------------------------------------------------- harmlessness
 
 
