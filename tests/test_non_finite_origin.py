@@ -669,6 +669,27 @@ def test_the_search_ends_by_itself() -> None:
             guard.find_non_finite(steps=0)
 
 
+def test_steps_that_never_come_hold_no_batch() -> None:
+    """A loop that skips step after step keeps nothing of them in memory."""
+    model = net(torch.relu)
+    with gradguard.watch(model, torch.optim.SGD(model.parameters(), lr=0.1)) as guard:
+        guard.find_non_finite()
+        references = []
+        for _ in range(3):
+            x = inputs()
+            references.append(weakref.ref(x))
+            mean_square(model, x)
+            del x
+        assert [reference() is None for reference in references] == [True, True, False]  # the last is remembered
+
+
+def test_a_step_too_long_to_record_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after the bound passes unseen, and the diagnosis says that something did."""
+    monkeypatch.setattr("gradguard.monitors._op_trace._MOST_RECORDS", 3)
+    guard = run(net(torch.log), lambda _: inputs(), searched=True, steps=1)
+    assert any("searched" in note.why for note in guard.diagnose().unobserved)
+
+
 def test_an_overflow_that_a_loss_scaler_skips_is_nothing() -> None:
     """The step that is skipped is not the one that is searched for: the scale is what made it overflow."""
     model = net(torch.relu)

@@ -356,7 +356,7 @@ class Guard:
             for cadence in self._cadences:
                 cadence.look_closer(step)
             self._arm_if_due()
-            self._observing.search_after(news)
+            self._guarded("starting the search for NaN", self._observing.search_after, news)
         self._tock(started)
         for finding in news:
             self._alerts.tell(finding)

@@ -112,6 +112,8 @@ class Observing:
     def end_search_step(self, index: int, step: int) -> None:
         """Take in what the search found in a step that is over."""
         origin = self.search.close_step(step)
+        if self.search.cut_short:
+            self.note("the last operations of long steps", "more ran between two optimizer steps than are searched")
         if origin is not None:
             self.history.note_origin(replace(origin, optimizer=index))
 

@@ -29,8 +29,8 @@ BACKWARD_CALLS = (torch.Tensor.backward, torch.autograd.backward)
 """Calls that start a backward pass. ``torch.autograd.grad`` is an operation: what it gives goes on in the forward
 pass."""
 
-_MOST_RECORDS = 100_000
-"""Operations recorded in one step; what comes later passes unseen. Ours: a bound of about 100 MiB of host memory."""
+_MOST_RECORDS = 30_000
+"""Operations recorded in one step; what comes later passes unseen. Ours: a bound of about 30 MiB of host memory."""
 
 _MOST_OUTSIDE = 10_000
 """Operations recorded between the model's forward pass and whatever ends the step, which an exception in the user's

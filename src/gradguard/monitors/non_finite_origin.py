@@ -35,6 +35,7 @@ class NonFiniteMonitor:
     Attributes:
         armed: Whether the coming forward passes are looked at.
         failed: Whether it failed, which switches it off.
+        cut_short: Whether a step had more operations than are recorded.
         spent_s: Seconds spent since it was made.
     """
 
@@ -61,6 +62,7 @@ class NonFiniteMonitor:
         self._inputs: list[tuple[Tensor, int]] = []
         self.armed = False
         self.failed = False
+        self.cut_short = False
         self.spent_s = 0.0
         self._begin()
 
@@ -68,7 +70,6 @@ class NonFiniteMonitor:
         self._ranges = Ranges()
         self._where: list[str] = []
         self._named: dict[int, tuple[str, str]] = {}
-        self._held: list[Tensor] = []
         self._trace: OpTrace | None = None
         self._thread = 0
         self._stays = False
@@ -149,7 +150,10 @@ class NonFiniteMonitor:
         if threading.get_ident() == self._thread:
             trace.close()
         if isinstance(loss, torch.Tensor) and not self._losses:
-            self._add_loss(trace, loss)
+            try:
+                self._add_loss(trace, loss)
+            except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's loop
+                self._fail(error)
 
     def close_step(self, step: int) -> NonFiniteOrigin | None:
         """End the step: return where its numbers stopped being finite, ``None`` where they did not. Synchronises.
@@ -158,7 +162,12 @@ class NonFiniteMonitor:
             step: Optimizer step, from 0.
         """
         self._inputs = []
-        if not self.armed or self._trace is None:
+        if not self.armed:
+            return None
+        self._left -= 1
+        if self._trace is None:
+            if self._left <= 0:
+                self.disarm()
             return None
         started = time.perf_counter()
         self.pause()
@@ -177,8 +186,8 @@ class NonFiniteMonitor:
             origin = None
             self._fail(error)
         self.spent_s += trace.spent_s + time.perf_counter() - started
+        self.cut_short = self.cut_short or trace.full
         self._begin()
-        self._left -= 1
         if origin is not None or self._left <= 0:
             self._left = 0
             self.disarm()
@@ -201,11 +210,14 @@ class NonFiniteMonitor:
 
         Those on other devices are of no use: there a loss is not known before the step is over.
         """
-        self._inputs = [
-            (t, t._version)
-            for t in floating_tensors(values)
-            if t.device.type == "cpu" and not t.requires_grad and not t.is_inference()
-        ]
+        try:
+            self._inputs = [
+                (t, t._version)
+                for t in floating_tensors(values)
+                if t.device.type == "cpu" and not t.requires_grad and not t.is_inference()
+            ]
+        except Exception:  # noqa: BLE001  # a batch of an odd kind is not remembered, and no reason to stop
+            self._inputs = []
 
     def _on_batch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module.training and not in_functorch():
@@ -276,11 +288,10 @@ class NonFiniteMonitor:
             self._named[id(parameter)] = "parameter", clean_name(raw)
         for raw, buffer in self._model.named_buffers():
             self._named[id(buffer)] = "buffer", clean_name(raw)
-        inputs = floating_tensors((args, kwargs))
-        self._held.extend(inputs)
-        for tensor in inputs:
-            if tensor.grad_fn is None:
-                self._named.setdefault(id(tensor), ("input", ""))
+        for tensor in floating_tensors((args, kwargs)):
+            measured = self._trace.measure(tensor)
+            if measured is not None and measured.kind == "data":
+                measured.kind = "input"
         for module, name in self._quick:
             self._hook(self._quick_hooks, module, name)
         self._thread = threading.get_ident()
