@@ -13,7 +13,7 @@ from gradguard.config import GuardConfig
 from gradguard.detectors.non_finite import find_non_finite
 from gradguard.findings import Cause, Finding, Severity
 from gradguard.history import History
-from gradguard.records import FloatArray, LayerTable, StepRecord
+from gradguard.records import FloatArray, LayerTable, NonFiniteOrigin, StepRecord, TensorRange
 from tests.histories import DENSE, NAN, chain, changed, falling, flat
 
 CONFIG = GuardConfig()
@@ -298,3 +298,105 @@ def test_the_scale_of_the_loss_changes_nothing() -> None:
     huge = chain(layers=6, activation="ReLU", top=1e30, losses=flat(101))
     assert find_non_finite(huge, CONFIG) == []
     assert np.isfinite(huge.layer("delta_norm")).all()
+
+
+def with_origins(history: History, *origins: NonFiniteOrigin) -> History:
+    """Return the history with what a search has found."""
+    for origin in origins:
+        history.note_origin(origin)
+    return history
+
+
+LOG = NonFiniteOrigin(
+    step=5,
+    kind="forward",
+    value="infinity",
+    op="torch.log",
+    module="3.inner",
+    place="net.py:31",
+    operands=(TensorRange(low=0.0, high=1.5, dtype="float32"),),
+)
+
+
+def test_a_searched_step_names_the_operation() -> None:
+    """The search saw the very step: operation, module, line and operand stand in the finding."""
+    layers = {**FORWARD_FROM[3], "input_max_abs": rows(4, 10, NAN)}
+    ill = from_step(healthy(), 5, layers=layers, parameters=ALL_GRADIENTS, loss=NAN)
+    finding = only(with_origins(ill, LOG))
+
+    assert (finding.code, finding.layer, finding.cause, finding.confidence) == (
+        "GG202",
+        "3.inner",
+        Cause.OPERATION,
+        0.95,
+    )
+    assert finding.message == (
+        "NaN or infinity appear first in torch.log in 3.inner at net.py:31, at step 5. It took from 0 to 1.5."
+    )
+    assert (finding.evidence["operation"].value, finding.evidence["operand_max"].value) == ("torch.log", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("found", "cause"),
+    [
+        (replace(LOG, operands=(TensorRange(low=0.0, high=6e4, dtype="float16"),)), Cause.PRECISION),
+        (replace(LOG, op="F.linear"), Cause.WEIGHT_SCALE),
+        (replace(LOG, inside=False), Cause.LOSS),
+        (replace(LOG, op="F.linear", value="NaN"), Cause.OPERATION),
+    ],
+    ids=["half", "product", "outside", "nan"],
+)
+def test_the_operation_tells_the_cause(found: NonFiniteOrigin, cause: Cause) -> None:
+    """An overflow of half precision, of a product, in the loss function, or an unsafe operation."""
+    assert only(with_origins(from_step(healthy(), 5, parameters=ALL_GRADIENTS, loss=INF), found)).cause is cause
+
+
+def test_a_batch_with_a_gap_explains_weights_that_were_lost_unseen() -> None:
+    """The step of the first non-finite loss was not observed, but its batch was looked at."""
+    losses = [*flat(37), *[NAN] * 64]
+    lost = changed(from_step(healthy(), 50, parameters=CORRUPT), lambda record: record, losses)
+    origin, *_ = find_non_finite(with_origins(lost, NonFiniteOrigin(step=37, kind="input", value="NaN")), CONFIG)
+
+    assert (origin.code, origin.step, origin.layer, origin.cause) == ("GG201", 37, "0", Cause.DATA)
+    assert origin.message == "NaN or infinity enter at the input of 0, at step 37."
+
+
+def test_weights_that_were_lost_before_the_batch_came_stay_the_origin() -> None:
+    """The batch is ill as well, but the weights were first."""
+    ill = from_step(healthy(), 5, parameters=CORRUPT, loss=NAN)
+    assert only(with_origins(ill, NonFiniteOrigin(step=5, kind="input", value="NaN"))).code == "GG204"
+
+
+def test_a_later_search_is_told_and_changes_no_verdict() -> None:
+    """Step 5 was not searched; at step 6 the search saw what may be the same. Lost weights are no news."""
+    layers = {**FORWARD_FROM[3], "input_max_abs": rows(4, 10, NAN)}
+    ill = from_step(healthy(), 5, layers=layers, parameters=ALL_GRADIENTS, loss=NAN)
+    lost = NonFiniteOrigin(step=6, kind="parameter", value="NaN", name="0.weight")
+    finding = only(with_origins(ill, lost, replace(LOG, step=7)))
+
+    assert finding.layer == "3"
+    assert finding.message.endswith("Step 7 was searched: torch.log in 3.inner at net.py:31. It took from 0 to 1.5.")
+
+
+def test_what_only_the_search_saw_is_a_finding_that_clears() -> None:
+    """A loop that skips a loss that is not finite: nothing else shows it."""
+    finding = only(with_origins(healthy(losses=flat(101)), replace(LOG, step=33)))
+    assert (finding.code, finding.severity, finding.step, finding.resolved_step) == ("GG202", Severity.INFO, 33, 34)
+
+
+def test_a_search_in_a_step_that_a_scaler_skipped_is_nothing() -> None:
+    """Skipped steps do not count, whoever saw them."""
+    skipped = from_step(healthy(losses=flat(101)), 5, parameters=ALL_GRADIENTS, skipped=1.0, until=6)
+    assert find_non_finite(with_origins(skipped, LOG), CONFIG) == []
+
+
+def test_a_finite_batch_rules_the_data_out() -> None:
+    """Layers were not observed at the step, but its batch was looked at."""
+
+    def bare(record: StepRecord) -> StepRecord:
+        return replace(record, layers=LayerTable(), layer_values={})
+
+    history = changed(from_step(healthy(), 5, parameters=ALL_GRADIENTS, loss=INF), bare)
+    assert Cause.DATA not in [item.cause for item in only(history).ruled_out]
+    history.note_finite_batch(5)
+    assert Cause.DATA in [item.cause for item in only(history).ruled_out]

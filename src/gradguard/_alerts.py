@@ -14,7 +14,7 @@ from gradguard.findings import Finding, Severity
 if TYPE_CHECKING:
     from gradguard.config import GuardConfig
 
-__all__ = ["Alerts", "is_main_process", "missing_reason"]
+__all__ = ["Alerts", "is_main_process", "missing_reason", "warn_of_failure"]
 
 
 def is_main_process() -> bool:
@@ -38,6 +38,18 @@ def missing_reason(*, backward_seen: bool, evaluating: bool) -> str:
     if evaluating:
         return "the forward pass ran in evaluation mode: call model.train() before training"
     return "no backward pass was seen since the last step: call record() after backward() and before zero_grad()"
+
+
+def warn_of_failure(why: str, consequence: str) -> None:
+    """Warn that something of ours has failed, and that the training goes on.
+
+    Args:
+        why: What failed, and how.
+        consequence: What is no longer done, in one sentence without a full stop.
+    """
+    warnings.warn(
+        f"gradguard: {why}. {consequence}; training goes on. Please report this.", GradGuardWarning, stacklevel=4
+    )
 
 
 class Alerts:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from gradguard._alerts import Alerts, is_main_process, missing_reason
+from gradguard._alerts import Alerts, is_main_process, missing_reason, warn_of_failure
 from gradguard._cadence import Cadence, FixedCadence
 from gradguard._closures import wrap_closure
 from gradguard.errors import GradGuardWarning, UnsupportedModelError
@@ -154,15 +154,20 @@ class Guard:
 
     def rearm(self) -> None:
         """Ask the cadence again whether the coming step is due; for cadences that change their mind between steps."""
+        self._observing.search.listen()
         self._arm_if_due()
 
     def disarm(self) -> None:
-        """Take the layer hooks off until :meth:`rearm`, as for a validation pass; what was gathered is kept."""
-        self._observing.signals.disarm()
+        """Take the hooks off the model until :meth:`rearm`, as for a validation pass; what was gathered is kept."""
+        self._observing.mute()
 
     def learn_loss(self, loss: Tensor) -> None:
         """Look at how a loss was computed, where :meth:`record` gets it without its graph."""
         self._observing.losses.learn(loss)
+
+    def learn_batch(self, batch: Any) -> None:
+        """Remember the batch of the coming step, where the model itself is not called with it; no copy is made."""
+        self._observing.search.remember(batch)
 
     def skip(self) -> None:
         """Say that the coming step brings no gradients on purpose, so that nothing is read and nothing reported."""
@@ -183,6 +188,7 @@ class Guard:
             return
         started = self._tick()
         self._batches += 1
+        self._observing.search.pause(loss)
         if loss is not None:
             self._note_loss(loss, name)
         if self._armed() and self._guarded("reading gradients", self._observing.read, before_clipping=True) is False:
@@ -191,6 +197,17 @@ class Guard:
         if self._batches >= self._judge_at:  # a scaler that skips every step completes none, and nothing would be said
             self._judge_at *= 2
             self._announce(self._steps[0])
+
+    def find_non_finite(self, *, steps: int = 100) -> None:
+        """Search for the operation that makes NaN or infinity, from the next forward pass on, until one is found.
+
+        It stands in :meth:`diagnose` then, and in ``history.origins``. Five steps are searched anyway after an alarm.
+
+        Args:
+            steps: Optimizer steps to search at most, at least 1 (else ``ValueError``); each is slower meanwhile.
+        """
+        if self.attached:
+            self._observing.start_search(steps)
 
     def step(self) -> None:
         """Count a step by hand, after the update, in loops whose optimizer is no ``torch.optim.Optimizer``."""
@@ -289,6 +306,8 @@ class Guard:
             return
         value = self._observing.losses.note(loss, step=self._steps[0], optimizer=0)
         known = isinstance(loss, torch.Tensor) and loss.device.type == "cpu"  # elsewhere asking would stop the device
+        if known and not math.isfinite(value):
+            self._guarded("looking at the batch", self._observing.search_batch, self._steps[0])
         if known and self._observing.losses.is_alarming(value):
             self._cadences[0].look_closer(self._steps[0])
 
@@ -304,12 +323,10 @@ class Guard:
             return None
         started = self._tick()
         wrapped = wrap_closure(args, kwargs, lambda: self._read_in_closure(index))
-        if wrapped is not None:
-            self._tock(started)
-            return wrapped
-        self._read_at_step(index)
+        if wrapped is None:
+            self._read_at_step(index)
         self._tock(started)
-        return None
+        return wrapped
 
     def _read_in_closure(self, index: int) -> None:
         if self.attached:
@@ -337,6 +354,7 @@ class Guard:
         due = self._cadences[index].due(step)
         armed = due or self._armed()
         self._assign_losses(index)
+        self._observing.end_search_step(index, step)
         self._steps[index] += 1
         self._skipped = False
         self._batches = max(self._batches, self._steps[index])
@@ -365,6 +383,7 @@ class Guard:
             for cadence in self._cadences:
                 cadence.look_closer(step)
             self._arm_if_due()
+            self._guarded("starting the search for NaN", self._observing.search_after, news)
         self._tock(started)
         for finding in news:
             self._alerts.tell(finding)
@@ -393,21 +412,13 @@ class Guard:
             raise error
         why = f"{place} failed with {type(error).__name__}: {error}"
         if self._observing.note("layer signals", f"{why}; the monitor has switched itself off"):
-            warnings.warn(
-                f"gradguard: {why}. Layer signals are no longer observed; training goes on. Please report this.",
-                GradGuardWarning,
-                stacklevel=3,
-            )
+            warn_of_failure(why, "Layer signals are no longer observed")
 
     def _on_failure(self, place: str, error: BaseException) -> None:
         """Something other than a monitor has failed: the guard goes off."""
         why = f"{place} failed with {type(error).__name__}: {error}"
         if self._observing.note("gradguard itself", f"{why}; it has switched itself off, training goes on"):
-            warnings.warn(
-                f"gradguard: {why}. The guard has switched itself off; training goes on. Please report this.",
-                GradGuardWarning,
-                stacklevel=3,
-            )
+            warn_of_failure(why, "The guard has switched itself off")
         self.detach()
 
     def _tick(self) -> float:

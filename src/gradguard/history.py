@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from gradguard.records import FloatArray, LayerTable, ParameterTable, RunInfo, StepRecord
+from gradguard.records import FloatArray, LayerTable, NonFiniteOrigin, ParameterTable, RunInfo, StepRecord
 
 __all__ = ["History"]
 
@@ -18,6 +18,9 @@ Table = TypeVar("Table", LayerTable, ParameterTable)
 
 _HEAD = 32
 """First observations, never thinned out: most illnesses show there, and "first seen" needs them."""
+
+_ORIGINS = 32
+"""Origins of non-finite numbers kept: the first ones, as later ones mostly follow from them. Ours."""
 
 
 class _Thinned(Generic[Item]):
@@ -94,6 +97,8 @@ class History:
         self.optimizer = 0
         self._records: _Thinned[StepRecord] = _Thinned(capacity)
         self._losses: _Thinned[tuple[int, float, int]] = _Thinned(loss_capacity)
+        self._origins: list[NonFiniteOrigin] = []
+        self._finite_batches: set[int] = set()
         self._seen: Counter[int] = Counter()
         self._cache: dict[tuple[str, str], FloatArray] = {}
         self._tables: tuple[LayerTable, ParameterTable] | None = None
@@ -109,8 +114,28 @@ class History:
         """Add the loss of one step; non-finite losses are kept as they are."""
         self._losses.append((step, loss, optimizer))
 
+    def note_origin(self, origin: NonFiniteOrigin) -> None:
+        """Add what made a step's numbers non-finite; the first 32 are kept."""
+        if len(self._origins) < _ORIGINS:
+            self._origins.append(origin)
+
+    def note_finite_batch(self, step: int) -> None:
+        """Say that the batch of a step was looked at and is finite; kept for the first 32 steps that say so."""
+        if len(self._finite_batches) < _ORIGINS:
+            self._finite_batches.add(step)
+
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def finite_batches(self) -> frozenset[int]:
+        """Steps whose batch was looked at, for the loss was not finite, and held neither NaN nor infinity."""
+        return frozenset(self._finite_batches)
+
+    @property
+    def origins(self) -> Sequence[NonFiniteOrigin]:
+        """What made numbers non-finite, oldest first, of the steps that were searched for it."""
+        return tuple(self._origins)
 
     @property
     def observations(self) -> int:
@@ -175,6 +200,8 @@ class History:
         for step, loss, owner in self._losses.items():
             if owner == index:
                 part.note_loss(step, loss, optimizer=index)
+        part._origins = [origin for origin in self._origins if origin.optimizer == index]
+        part._finite_batches = self._finite_batches
         part._seen[index] = self._seen[index]
         return part
 

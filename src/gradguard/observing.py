@@ -20,7 +20,7 @@ from gradguard.detectors import DEFAULT_DETECTORS, Detector, run_detectors
 from gradguard.diagnosis import diagnose, link_findings
 from gradguard.findings import Diagnosis, Finding, Unobserved
 from gradguard.history import History
-from gradguard.monitors import GradientMonitor, LossMonitor, SignalMonitor
+from gradguard.monitors import GradientMonitor, LossMonitor, NonFiniteMonitor, SignalMonitor
 from gradguard.monitors._reduce import Handle, Norm, Readback
 from gradguard.monitors.gradients import find_parameters, total_norm
 from gradguard.monitors.loss_scale import ScaledLossMonitor
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from gradguard.config import GuardConfig
 
 __all__ = ["Observing", "optimizer_info"]
+
+_SEARCHED_STEPS = 5
+"""Steps searched after an alarm. Ours: what stays non-finite shows at the first; a few more for what comes and goes."""
 
 
 class Observing:
@@ -70,6 +73,10 @@ class Observing:
             dead_patience_steps=config.dead_patience_steps,
             any_mode=preflight,
         )
+        self.search = NonFiniteMonitor(model, on_failure=self._on_search_failure, scaled=scaler is not None)
+        self._searched = False
+        if not preflight:
+            self.search.listen()
         self.gradients = GradientMonitor(model, sample_size=config.sample_size)
         self.losses = LossMonitor() if scaler is None else ScaledLossMonitor(scaler)
         self.clip_norm = math.nan
@@ -85,7 +92,7 @@ class Observing:
     @property
     def overhead_s(self) -> float:
         """Seconds spent in gradguard since attaching, as seen from the host."""
-        return self.spent_s + self.signals.spent_s
+        return self.spent_s + self.signals.spent_s + self.search.spent_s
 
     @property
     def has_read(self) -> bool:
@@ -98,6 +105,36 @@ class Observing:
         self.notes.setdefault(what, Unobserved(what=what, why=why))
         return news
 
+    def start_search(self, steps: int) -> None:
+        """Look for the operation that makes NaN or infinity, in the coming steps until one does."""
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1 optimizer step, got {steps!r}")
+        why = self.search.arm(steps)
+        if why:
+            self.note("the operation that makes NaN or infinity", why)
+
+    def end_search_step(self, index: int, step: int) -> None:
+        """Take in what the search found in a step that is over."""
+        origin = self.search.close_step(step)
+        if self.search.cut_short:
+            self.note("the last operations of long steps", "more ran between two optimizer steps than are searched")
+        if origin is not None:
+            self.history.note_origin(replace(origin, optimizer=index))
+
+    def search_batch(self, step: int) -> None:
+        """Look at the batch of a step whose loss is not finite; to be called before the next forward pass."""
+        looked_at, origin = self.search.look_at_batch(step)
+        if origin is not None:
+            self.history.note_origin(origin)
+        elif looked_at:
+            self.history.note_finite_batch(step)
+
+    def search_after(self, news: Sequence[Finding]) -> None:
+        """Search the coming steps, once in a run, after an alarm about numbers that are not finite."""
+        if not self._searched and any(finding.family == "non_finite" for finding in news):
+            self._searched = True
+            self.start_search(_SEARCHED_STEPS)
+
     def arm(self) -> None:
         """Set the taps for the coming step."""
         self.signals.arm()
@@ -106,6 +143,11 @@ class Observing:
         """Remove the taps and forget what the present step gathered."""
         self.signals.disarm()
         self._begin()
+
+    def mute(self) -> None:
+        """Remove the hooks on the model, as for a validation pass; what was gathered is kept."""
+        self.signals.disarm()
+        self.search.mute()
 
     def discard(self) -> None:
         """Forget what the present step gathered; taps stay."""
@@ -227,8 +269,14 @@ class Observing:
     def close(self) -> None:
         """Remove every hook and let go of tensors; the history stays."""
         self.disarm()
+        self.search.close()
         self.signals.close()
         self.gradients.close()
+
+    def _on_search_failure(self, place: str, error: BaseException) -> None:
+        if self._config.on_error == "raise":
+            raise error
+        self.note("the operation that makes NaN or infinity", f"{place} failed with {type(error).__name__}: {error}")
 
     def _begin(self) -> None:
         self._readback = Readback()

@@ -122,7 +122,8 @@ def find_update_rms_spike(history: History, config: GuardConfig) -> Sequence[Fin
     steps = history.steps.astype(np.int64)
     if history.info.preflight or not kept or not np.isfinite(ratios).any():
         return []
-    cut = history.scalar("grad_norm_at_step") / history.scalar("grad_norm")
+    with np.errstate(invalid="ignore", divide="ignore"):  # norms that are not finite
+        cut = history.scalar("grad_norm_at_step") / history.scalar("grad_norm")
     factor = np.where(np.isfinite(cut), np.minimum(cut, 1.0), 1.0)
     ratios = ratios[:, kept] * factor[:, None]
     for index in range(len(ratios) - 1, -1, -1):

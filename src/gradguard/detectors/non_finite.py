@@ -14,6 +14,7 @@ from gradguard.detectors._episodes import BoolArray
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import BLOW_UP, loss_growth
 from gradguard.detectors._numbers import column, is_bad
+from gradguard.detectors._operation import in_words, later_origin, operation_evidence, origin_at, refine
 from gradguard.detectors._origin import (
     BACKWARD,
     FORWARD,
@@ -27,7 +28,7 @@ from gradguard.detectors._origin import (
 from gradguard.detectors._updates import ratio_before
 from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
 from gradguard.history import History
-from gradguard.records import FloatArray, StepRecord
+from gradguard.records import FloatArray, NonFiniteOrigin, StepRecord
 
 __all__ = ["find_non_finite"]
 
@@ -58,7 +59,8 @@ def find_non_finite(history: History, config: GuardConfig) -> Sequence[Finding]:
     loss, a gradient. Later ones are what follows; only parameters that become non-finite afterwards are reported as
     well. The losses, known at every step, date the beginning between observations. One observation is enough. Steps
     that a loss scaler skipped do not count, nor do norms whose squares overflowed, nor infinities that reach neither
-    the loss nor a gradient (an attention mask).
+    the loss nor a gradient (an attention mask). Where that very step was searched operation by operation
+    (``history.origins``), what the search found goes before what the observation alone would say.
 
     Args:
         history: Records of one optimizer, oldest first.
@@ -72,11 +74,14 @@ def find_non_finite(history: History, config: GuardConfig) -> Sequence[Finding]:
     onset = _onset(history)
     if onset is None:
         return []
+    found = origin_at(history.origins, onset.step)
     if onset.index is None:
-        return [_loss_only(history, config, onset)]
+        return [_loss_only(history, config, onset, found)]
     record = history.records[onset.index]
     origin = locate(history, onset.index, loss_bad=_loss_bad(history, record))
-    findings = [_origin_finding(history, config, onset, record, origin)]
+    if found is not None:
+        origin = refine(history, record, origin, found)
+    findings = [_origin_finding(history, config, onset, record, origin, found)]
     if origin.code != PARAMETER:
         findings.extend(_parameters_afterwards(history, onset))
     return findings
@@ -89,9 +94,11 @@ def _onset(history: History) -> _Onset | None:
     usable = ~np.isin(steps, records[skipped])
     steps, lost = steps[usable], ~np.isfinite(losses[usable])
     ill = _shows(history, steps[lost]) & ~skipped
-    if not ill.any() and not lost.any():
+    searched = np.array([origin.step for origin in history.origins], dtype=np.float64)
+    searched = searched[~np.isin(searched, records[skipped])]
+    if not ill.any() and not lost.any() and not searched.size:
         return None
-    bad = np.concatenate([steps[lost], records[ill]])
+    bad = np.concatenate([steps[lost], records[ill], searched])
     fine = np.concatenate([steps[~lost], records[~ill & ~skipped]])
     after = fine[fine > bad.max()]
     return _Onset(
@@ -123,9 +130,16 @@ def _loss_bad(history: History, record: StepRecord) -> bool | None:
 
 
 def _origin_finding(
-    history: History, config: GuardConfig, onset: _Onset, record: StepRecord, origin: Origin
+    history: History,
+    config: GuardConfig,
+    onset: _Onset,
+    record: StepRecord,
+    origin: Origin,
+    found: NonFiniteOrigin | None,
 ) -> Finding:
     cause, evidence, confidence = origin.cause, _evidence(history, onset, record), origin.confidence
+    if found is not None:
+        evidence.update(operation_evidence(found))
     unseen_start = origin.code == PARAMETER and record.step > 0
     driven = _driven_by_rate(history, config, onset)
     if driven and cause is not Cause.DATA:
@@ -135,22 +149,32 @@ def _origin_finding(
     return _finding(
         origin.code,
         onset,
-        _message(onset, origin),
+        _message(onset, origin, found) + ("" if found is not None else _later(history, onset)),
         layer=origin.layer,
         layers=origin.layers,
         cause=cause,
         confidence=confidence,
         evidence=evidence,
-        ruled_out=_ruled_out(record, origin, driven=bool(driven)),
+        ruled_out=_ruled_out(history, record, origin, driven=bool(driven)),
     )
 
 
-def _message(onset: _Onset, origin: Origin) -> str:
+def _later(history: History, onset: _Onset) -> str:
+    """Return what a search of later steps saw, where the first one was not searched."""
+    later = later_origin(history.origins, onset.step)
+    if later is None:
+        return ""
+    return f" Step {later.step} was searched: {refine(history, None, None, later).where}.{in_words(later)}"
+
+
+def _message(onset: _Onset, origin: Origin, found: NonFiniteOrigin | None) -> str:
     kind = {INPUT: "enter at", FORWARD: "appear first in", BACKWARD: "appear first in", PARAMETER: "stand in"}[
         origin.code
     ]
     text = f"NaN or infinity {kind} {origin.where}, at step {onset.step}."
-    if origin.code == PARAMETER and onset.loss_step == onset.step and onset.step > 0:
+    if found is not None:
+        text += in_words(found)
+    elif origin.code == PARAMETER and onset.loss_step == onset.step and onset.step > 0:
         text += " The loss was the first to show it; the layers were not being observed then."
     if onset.resolved_step is not None:
         text += f" From step {onset.resolved_step} on everything is finite again."
@@ -193,20 +217,34 @@ def _driven_by_rate(history: History, config: GuardConfig, onset: _Onset) -> dic
     return evidence
 
 
-def _ruled_out(record: StepRecord, origin: Origin, *, driven: bool) -> tuple[RuledOut, ...]:
+def _ruled_out(history: History, record: StepRecord, origin: Origin, *, driven: bool) -> tuple[RuledOut, ...]:
     excluded = []
     given = column(record, "input_max_abs")
     if origin.code != INPUT and given.size and math.isfinite(given[0]):
         excluded.append(
             RuledOut(cause=Cause.DATA, reason=f"the first layer's input is finite, largest entry {given[0]:.2g}")
         )
+    elif origin.code != INPUT and record.step in history.finite_batches:
+        excluded.append(RuledOut(cause=Cause.DATA, reason=f"the batch of step {record.step} is finite"))
     if origin.code != PARAMETER and not driven:
         excluded.append(RuledOut(cause=Cause.CORRUPT_WEIGHTS, reason="every parameter was finite when it appeared"))
     return tuple(excluded)
 
 
-def _loss_only(history: History, config: GuardConfig, onset: _Onset) -> Finding:
-    """Only losses show it: it came and went, or the run ended, between observations."""
+def _loss_only(history: History, config: GuardConfig, onset: _Onset, found: NonFiniteOrigin | None) -> Finding:
+    """Only losses show it, or the search: it came and went, or the run ended, between observations."""
+    if found is not None:
+        origin = refine(history, None, None, found)
+        return _finding(
+            origin.code,
+            onset,
+            _message(onset, origin, found),
+            layer=origin.layer,
+            layers=origin.layers,
+            cause=origin.cause,
+            confidence=origin.confidence,
+            evidence=dict(operation_evidence(found)),
+        )
     driven = _driven_by_rate(history, config, onset)
     message = f"The loss is not finite at step {onset.step}; no observation was made then, so the layer is not known."
     if onset.resolved_step is not None:

@@ -123,6 +123,7 @@ class _GradGuardHooks:
         guard = self._running()
         if guard is None:
             return
+        guard.learn_batch(batch)
         logs = self._log and not trains_without_logging(trainer) and is_logging_step(trainer)
         if logs != self._logging.now:
             self._logging.now = logs

@@ -2,6 +2,7 @@
 
 from gradguard.monitors.gradients import GradientMonitor
 from gradguard.monitors.losses import LossMonitor
+from gradguard.monitors.non_finite_origin import NonFiniteMonitor
 from gradguard.monitors.signals import SignalMonitor
 
-__all__ = ["GradientMonitor", "LossMonitor", "SignalMonitor"]
+__all__ = ["GradientMonitor", "LossMonitor", "NonFiniteMonitor", "SignalMonitor"]

@@ -8,10 +8,11 @@ from typing import Any, Protocol, Self
 
 import torch
 
-__all__ = ["Hook", "HookSet", "StepHook", "in_backward", "in_functorch"]
+__all__ = ["Hook", "HookSet", "StepHook", "in_backward", "in_functorch", "is_tracing"]
 
 
 _GRAPH_TASK = getattr(torch._C, "_current_graph_task_id", None)
+_TRACING = getattr(torch._C, "_get_tracing_state", None)
 _FUNCTORCH = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 
 
@@ -125,3 +126,11 @@ def in_functorch() -> bool:
     Uses a private function of torch (checked with 2.13); where it is missing the answer is False.
     """
     return _FUNCTORCH is not None and _FUNCTORCH() is not None
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` is recording, which would keep operations of ours.
+
+    Uses a private function of torch (checked with 2.13); where it is missing the answer is False.
+    """
+    return _TRACING is not None and _TRACING() is not None
