@@ -81,7 +81,7 @@ class Observing:
     @property
     def overhead_s(self) -> float:
         """Seconds spent in gradguard since attaching, as seen from the host."""
-        return self.spent_s + self.signals.spent_s
+        return self.spent_s + self.signals.spent_s + self.signals.attention.spent_s
 
     @property
     def has_read(self) -> bool:

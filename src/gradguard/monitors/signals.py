@@ -22,6 +22,7 @@ from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
 from gradguard.monitors._reduce import Readback, dense, queue_norm
 from gradguard.monitors._rows import KnownTensors, Row, Slot, Streaks, layer_columns, saturated_units, unit_reduce
 from gradguard.monitors._trees import floating_tensors
+from gradguard.monitors.attention import AttentionMonitor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +74,7 @@ class SignalMonitor:
         self._fired: set[int] = set()
         self._ran = False
         self._late: list[tuple[nn.Module, str]] = []
+        self.attention = AttentionMonitor(model, on_failure=on_failure, any_mode=any_mode)
         self._streaks: dict[tuple[int, str, str], Streaks] = {}
         self._kinds: dict[int, tuple[ModuleInfo, ActivationInfo | None]] = {}
         self.generation = 0
@@ -88,6 +90,7 @@ class SignalMonitor:
         self._rows: dict[str, Row] = {}
         self._known = KnownTensors()
         self._paused = False
+        self.attention.reset(readback)
         self.eval_calls = 0
         self.backward_seen = False
 
@@ -99,6 +102,7 @@ class SignalMonitor:
         self._ran = False
         self._fired.clear()
         self._late = []
+        self.attention.arm()
         for module, name, late in _targets(self._model):
             if late is None:
                 self._watch(module, name)
@@ -114,6 +118,7 @@ class SignalMonitor:
         with the hook in place, and then removing it would make torch compile again.
         """
         self._active = False
+        self.attention.disarm(ran=self._ran)
         self._hooks.close()
         for key in [key for key in self._taps if key in self._fired or not self._ran]:
             self._taps.pop(key).remove()
@@ -126,7 +131,7 @@ class SignalMonitor:
 
     def pause(self) -> None:
         """Let what follows in this step pass unobserved, as in further evaluations of a closure."""
-        self._paused = True
+        self._paused = self.attention.paused = True
         self.generation += 1
 
     def close_step(self, step: int, optimizer: int) -> None:
@@ -148,7 +153,8 @@ class SignalMonitor:
 
     def columns(self) -> tuple[LayerTable, dict[str, FloatArray]]:
         """Return the rows of this observation; call after the transfer. Modules that did not run are left out."""
-        return layer_columns([row for row in self._rows.values() if row.calls], self._readback)
+        rows = [row for row in self._rows.values() if row.calls]
+        return layer_columns(self.attention.place(rows), self._readback)
 
     def blind(self) -> Unobserved | None:
         """Return why no layer was seen in a step that ran under hooks, ``None`` where some were."""
@@ -185,6 +191,8 @@ class SignalMonitor:
         if id(module) not in self._taps:
             hook = Hook(self, SignalMonitor._on_forward, name)
             self._taps[id(module)] = module.register_forward_hook(hook, with_kwargs=True)
+        if isinstance(module, nn.MultiheadAttention):
+            self.attention.watch(module, name)
 
     def _arm_late(self, *_: Any) -> None:
         if self._late and torch.is_grad_enabled() and self._in_training(self._model):
