@@ -366,9 +366,10 @@ class Guard:
         if self.config.on_error == "raise":
             raise error
         why = f"{place} failed with {type(error).__name__}: {error}"
-        if self._observing.note("layer signals", f"{why}; the monitor has switched itself off"):
+        what = "attention logits" if place.startswith("reading the attention") else "layer signals"
+        if self._observing.note(what, f"{why}; the monitor has switched itself off"):
             warnings.warn(
-                f"gradguard: {why}. Layer signals are no longer observed; training goes on. Please report this.",
+                f"gradguard: {why}. {what.capitalize()} are no longer observed; training goes on. Please report this.",
                 GradGuardWarning,
                 stacklevel=3,
             )

@@ -2,9 +2,9 @@
 
 Fused attention hides its logits, and much attention is no ``nn.MultiheadAttention``. So torch's functions are watched
 while a module of the user's runs: a ``TorchFunctionMode``, entered by the outermost module's forward pre-hook and left
-by its forward hook, sees the calls of ``F.scaled_dot_product_attention``, ``F.multi_head_attention_forward`` and softmax
-and passes every one on unchanged. It never stays on outside such a call, nor in a module that holds compiled ones. A
-compiled function called inside is compiled once more for it.
+by its forward hook, sees calls of ``F.scaled_dot_product_attention``, ``F.multi_head_attention_forward`` and softmax
+and passes every one on unchanged. It never stays on outside such a call, nor is it used in a module that holds compiled
+ones. A compiled function called inside is compiled once more for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradguard.monitors._attention_math import READERS
 from gradguard.monitors._describe import clean_name, describe
-from gradguard.monitors._hooks import Hook, in_backward, in_functorch
+from gradguard.monitors._hooks import Hook, in_backward, in_dispatch_mode, in_functorch, top_function_mode
 from gradguard.monitors._reduce import Readback
 from gradguard.monitors._rows import HeadReadings, Row
 
@@ -73,8 +73,9 @@ class AttentionMonitor:
 
     def arm(self) -> None:
         """Set the hooks, except those of ``nn.MultiheadAttention``: see :meth:`watch`. Calling twice is harmless."""
-        self._unwind()
-        if self._failed or self._active:
+        if self._failed:
+            self.disarm()
+        if self._failed or self._active or not self._unwind():
             return
         self._active = True
         self._fired.clear()
@@ -143,7 +144,9 @@ class AttentionMonitor:
 
     def _is_readable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether operations of ours would pass unnoticed here, by other modes, transforms and captured graphs."""
-        if not self._active or self.paused or in_functorch() or torch._C._len_torch_dispatch_stack():
+        if not self._active or self.paused or not torch.is_grad_enabled():
+            return False
+        if in_functorch() or in_dispatch_mode():
             return False
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         return not (any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing())
@@ -158,28 +161,26 @@ class AttentionMonitor:
             return
         if not (self._any_mode or module.training or self._model.training):
             return
-        if in_backward() and self._found:  # the recomputation of a checkpointed block that was read already
-            return
+        if in_backward() and any(f"{found}.".startswith(f"{name}.") for found in self._found):
+            return  # the recomputation of a checkpointed block that was read already
         self._thread = threading.get_ident()
         self._inside.append((name, module))
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
         if not self._inside or self._inside[-1][1] is not module or threading.get_ident() != self._thread:
             return
         self._inside.pop()
         if not self._inside:
-            self._mode.__exit__(None, None, None)
-            if not self._active:
-                self.disarm()
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _unwind(self) -> bool:
         """Leave a mode that an interrupted forward pass left on; ``False`` where it stands below another one."""
         if self._inside:
-            if torch.overrides._get_current_function_mode() is not self._mode:
+            if top_function_mode() is not self._mode:
                 return False
             self._inside.clear()
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return True
 
 
