@@ -64,7 +64,11 @@ class Observing:
         self._detectors = tuple(detectors)
         self.labels = [""] * max(1, len(self._optimizers))
         self.signals = SignalMonitor(
-            model, on_failure=on_failure, dead_patience_steps=config.dead_patience_steps, any_mode=preflight
+            model,
+            on_failure=on_failure,
+            dead_patience_steps=config.dead_patience_steps,
+            any_mode=preflight,
+            attention=config.wants("GG701") or config.wants("GG702"),
         )
         self.gradients = GradientMonitor(model, sample_size=config.sample_size)
         self.losses = LossMonitor() if scaler is None else ScaledLossMonitor(scaler)

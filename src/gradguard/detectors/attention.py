@@ -27,8 +27,8 @@ _GROWN = 3.0
 matter of initialization."""
 
 _FAR_BEYOND = 10.0
-"""Times ``attention_logit`` that is a warning even where the loss falls: 1000 by default. Source: Kimi Team (2025), arXiv
-2507.20534, section 2.1, for logits that "rapidly exceed" 1000 before a run fails; bfloat16 then rounds to steps of 8."""
+"""Times ``attention_logit`` that is a warning even where the loss falls: 1000 by default. Source: Kimi Team (2025),
+arXiv 2507.20534, section 2.1, whose unstable runs went beyond 1000; bfloat16 rounds such numbers to steps of 4 to 8."""
 
 _LEARNT = 0.5
 """Share of ln(classes) below which a classifier's first losses show that it was trained before. As in ``_loss``."""
@@ -101,7 +101,7 @@ def find_logit_growth(history: History, config: GuardConfig) -> Sequence[Finding
     Returns:
         At most one finding; its ``layer`` is the one with the largest logit.
 
-    Source: Wortsman et al. (2024), arXiv 2309.14322, section 3.1; limit: Kimi Team (2025), arXiv 2507.20534; growth:
+    Source: Wortsman et al. (2024), arXiv 2309.14322, section 3.1.1; limit: Kimi Team (2025), arXiv 2507.20534; growth:
         ours.
     """
     if not len(history) or history.info.preflight:

@@ -42,7 +42,12 @@ class AttentionMonitor:
     """
 
     def __init__(
-        self, model: nn.Module, *, on_failure: Callable[[str, BaseException], None], any_mode: bool = False
+        self,
+        model: nn.Module,
+        *,
+        on_failure: Callable[[str, BaseException], None],
+        any_mode: bool = False,
+        off: bool = False,
     ) -> None:
         """Prepare for a model; no hook is set before :meth:`arm`.
 
@@ -50,6 +55,7 @@ class AttentionMonitor:
             model: The model to observe.
             on_failure: Called with a place and an exception when reading fails; the monitor is off from then on.
             any_mode: Observe in evaluation mode as well; a check before the first step wants that.
+            off: Do nothing, ever.
         """
         self._model = model
         self._on_failure = on_failure
@@ -60,7 +66,7 @@ class AttentionMonitor:
         self._inside: list[tuple[str, nn.Module]] = []
         self._thread = 0
         self._active = False
-        self._failed = False
+        self._off = off
         self.paused = False
         self.spent_s = 0.0
         self.reset(Readback())
@@ -73,9 +79,9 @@ class AttentionMonitor:
 
     def arm(self) -> None:
         """Set the hooks, except those of ``nn.MultiheadAttention``: see :meth:`watch`. Calling twice is harmless."""
-        if self._failed:
+        if self._off:
             self.disarm()
-        if self._failed or self._active or not self._unwind():
+        if self._off or self._active or not self._unwind():
             return
         self._active = True
         self._fired.clear()
@@ -137,7 +143,7 @@ class AttentionMonitor:
                     )
                     self._found.setdefault(name, (module, []))[1].append(reading)
         except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's forward pass
-            self._failed = True
+            self._off = True
             self.disarm()
             self._on_failure(f"reading the attention of {name or 'the model'}", error)
         self.spent_s += time.perf_counter() - started

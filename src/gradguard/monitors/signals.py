@@ -56,6 +56,7 @@ class SignalMonitor:
         on_failure: Callable[[str, BaseException], None],
         dead_patience_steps: int = 20,
         any_mode: bool = False,
+        attention: bool = True,
     ) -> None:
         """Prepare for a model; no hook is set before :meth:`arm`.
 
@@ -64,6 +65,7 @@ class SignalMonitor:
             on_failure: Called with a place and an exception when a hook of ours fails; the monitor is off from then on.
             dead_patience_steps: Optimizer steps over which a unit must stay inactive to be called dead.
             any_mode: Observe in evaluation mode as well; a check before the first step wants that.
+            attention: Read entropy and logits of attention as well.
         """
         self._model = model
         self._on_failure = on_failure
@@ -74,7 +76,7 @@ class SignalMonitor:
         self._fired: set[int] = set()
         self._ran = False
         self._late: list[tuple[nn.Module, str]] = []
-        self.attention = AttentionMonitor(model, on_failure=on_failure, any_mode=any_mode)
+        self.attention = AttentionMonitor(model, on_failure=on_failure, any_mode=any_mode, off=not attention)
         self._streaks: dict[tuple[int, str, str], Streaks] = {}
         self._kinds: dict[int, tuple[ModuleInfo, ActivationInfo | None]] = {}
         self.generation = 0
