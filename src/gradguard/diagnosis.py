@@ -25,16 +25,22 @@ __all__ = ["diagnose", "link_findings"]
 _NON_FINITE = frozenset({"GG201", "GG202", "GG203", "GG204"})
 
 _ORDER = (
-    *("GG201", "GG211", "GG213", "GG101", "GG102", "GG104", "GG103", "GG212", "GG602", "GG504", "GG501"),
-    *("GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG502", "GG403", "GG505", "GG703"),
+    *("GG201", "GG211", "GG213", "GG702", "GG701", "GG101", "GG102", "GG104", "GG103", "GG212", "GG602", "GG504"),
+    *("GG501", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG502", "GG403", "GG505", "GG703"),
 )
 """Which of two findings that began at the same step may explain the other: the earlier one in this row. Dead layers
 that are an error come right after a non-finite input."""
 
 _AFTER_NON_FINITE = frozenset(
-    {"GG101", "GG102", "GG103", "GG104", "GG213", "GG301", "GG302", "GG501", "GG502", "GG503", "GG505", "GG703"}
+    {"GG101", "GG102", "GG103", "GG104", "GG213", "GG301", "GG302", "GG501", "GG502", "GG503", "GG505"}
+    | {"GG701", "GG702", "GG703"}
 )
 """What numbers that are not finite can bring about, apart from more of them."""
+
+_AFTER_COLLAPSE = frozenset(
+    {"GG101", "GG102", "GG103", "GG104", "GG302", "GG403", "GG501", "GG502", "GG503", "GG505", "GG703"}
+)
+"""What a softmax that has lost its derivative can bring about: large gradients below it, none at queries and keys."""
 
 _FOLLOWS = {
     "GG201": _NON_FINITE | _AFTER_NON_FINITE,
@@ -50,12 +56,15 @@ _FOLLOWS = {
     "GG301": frozenset({"GG101", "GG104", "GG501", "GG502", "GG503"}),
     "GG302": frozenset({"GG104", "GG502", "GG503"}),
     "GG501": frozenset(
-        {"GG101", "GG102", "GG103", "GG104", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG505", "GG703"}
+        {"GG101", "GG102", "GG103", "GG104", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG505"}
+        | {"GG701", "GG702", "GG703"}
     ),
     "GG503": frozenset({"GG502"}),
     "GG504": frozenset({"GG502", "GG503"}),
     "GG505": frozenset({"GG102", "GG103", "GG202", "GG203", "GG204", "GG703"}),
     "GG602": frozenset({"GG502"}),
+    "GG701": _AFTER_COLLAPSE,
+    "GG702": _AFTER_COLLAPSE | {"GG701", "GG202", "GG203", "GG204"},
 }
 """What each illness can bring about, where it came first. Source: ours, architecture.md, section 2."""
 

@@ -411,8 +411,9 @@ class Guard:
         if self.config.on_error == "raise":
             raise error
         why = f"{place} failed with {type(error).__name__}: {error}"
-        if self._observing.note("layer signals", f"{why}; the monitor has switched itself off"):
-            warn_of_failure(why, "Layer signals are no longer observed")
+        what = "attention logits" if place.startswith("reading the attention") else "layer signals"
+        if self._observing.note(what, f"{why}; the monitor has switched itself off"):
+            warn_of_failure(why, f"{what.capitalize()} are no longer observed")
 
     def _on_failure(self, place: str, error: BaseException) -> None:
         """Something other than a monitor has failed: the guard goes off."""

@@ -72,6 +72,7 @@ class Observing:
             on_failure=on_failure,
             dead_patience_steps=config.dead_patience_steps,
             any_mode=preflight,
+            attention=config.wants("GG701") or config.wants("GG702"),
         )
         self.search = NonFiniteMonitor(model, on_failure=self._on_search_failure, scaled=scaler is not None)
         self._searched = False
@@ -92,7 +93,7 @@ class Observing:
     @property
     def overhead_s(self) -> float:
         """Seconds spent in gradguard since attaching, as seen from the host."""
-        return self.spent_s + self.signals.spent_s + self.search.spent_s
+        return self.spent_s + self.signals.spent_s + self.signals.attention.spent_s + self.search.spent_s
 
     @property
     def has_read(self) -> bool:

@@ -41,6 +41,9 @@ _AUTOGRAD = "PyTorch documentation, Autograd mechanics"
 _MIXED = "Micikevicius et al. (2018), Mixed Precision Training, ICLR, arXiv 1710.03740"
 _LECUN = "LeCun, Bottou, Orr, Mueller (1998), Efficient BackProp, section 4.3"
 
+_QK_NORM = "Dehghani et al. (2023), Scaling Vision Transformers to 22 Billion Parameters, ICML, arXiv 2302.05442"
+_ENTROPY = "Zhai et al. (2023), Preventing Attention Entropy Collapse, ICML, arXiv 2303.06296"
+
 _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
     {
         "he-initialization": _Remedy(
@@ -273,6 +276,46 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             code='for group in optimizer.param_groups:\n    group["eps"] = 1e-15',
             reference="Wortsman et al. (2024), Small-scale proxies for large Transformers, arXiv 2309.14322",
         ),
+        "qk-norm": _Remedy(
+            reason="Queries and keys of unit size bound the logits, whatever the weights become.",
+            code=(
+                "norm = torch.nn.functional.layer_norm  # or nn.RMSNorm with a learned scale\n"
+                "# in forward of {layer}, before the product, each of shape [batch, heads, length, size]:\n"
+                "# q, k = norm(q, q.shape[-1:]), norm(k, k.shape[-1:])"
+            ),
+            reference=_QK_NORM,
+        ),
+        "scale-attention": _Remedy(
+            reason="Over the root of the head's size, products of queries and keys have the variance of one factor.",
+            code=(
+                "# in forward of {layer}:\n"
+                "# torch.nn.functional.scaled_dot_product_attention(q, k, v)  # divides by sqrt(head size) itself\n"
+                "# logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # by hand"
+            ),
+            reference="Vaswani et al. (2017), Attention Is All You Need, NeurIPS, section 3.2.1, arXiv 1706.03762",
+        ),
+        "small-query-key": _Remedy(
+            reason="Logits go with the product of two weights: usual ones start with attention spread over all keys.",
+            code=(
+                "attention = dict(model.named_modules()).get({layer!r}, model)\n"
+                "for name, weight in attention.named_parameters():\n"
+                "    if weight.ndim == 2 and any(part in name for part in "
+                '("query", "key", "q_proj", "k_proj", "in_proj", "qkv")):\n'
+                "        torch.nn.init.xavier_uniform_(weight)"
+            ),
+            reference=_GLOROT,
+        ),
+        "sigma-reparam": _Remedy(
+            reason="A spectral norm of 1 times a learned scale keeps queries and keys from growing without bound.",
+            code=(
+                "spectral_norm = torch.nn.utils.parametrizations.spectral_norm\n"
+                "attention = dict(model.named_modules()).get({layer!r}, model)\n"
+                "for module in list(attention.modules()):\n"
+                "    if isinstance(module, torch.nn.Linear):\n"
+                "        spectral_norm(module)  # sigma-reparam also multiplies by a learned scalar"
+            ),
+            reference=_ENTROPY,
+        ),
         "lower-beta2": _Remedy(
             reason="With a shorter memory the running mean of squares follows a growing gradient sooner.",
             code='for group in optimizer.param_groups:\n    group["betas"] = (group.get("betas", (0.9,))[0], 0.95)',
@@ -337,6 +380,9 @@ _CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG505", None): ("lower-learning-rate", "clip-norm", "warm-up", "restore-checkpoint"),
         ("GG601", None): ("raise-clip-norm",),
         ("GG602", None): ("raise-clip-norm",),
+        ("GG701", Cause.WEIGHT_SCALE): ("scale-attention", "small-query-key", "qk-norm"),
+        ("GG701", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
+        ("GG702", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
         ("GG703", None): ("lower-beta2", "clip-norm"),
     }
 )

@@ -33,6 +33,13 @@ Layer statistics (one number per module and observation; the calls of a module t
 ``input_dead_fraction``     Like ``dead_fraction``, for the same input.
 ``saturated_fraction``      Share of units whose derivative, averaged over the examples, is below 5 % of the
                             activation's largest derivative, 0..1; bounded activations only (sigmoid, tanh, ...).
+``attention_entropy``       Entropy of the attention weights over ln(visible keys), mean over queries and heads, 0..1:
+                            1 for equal weights, 0 where each query takes one key. From at most 2 entries of the batch
+                            and 8 queries, all heads and keys; NaN where the module ran no attention that could be seen
+                            or its logits are not finite.
+``attention_entropy_min``   The same, of the lowest head.
+``attention_logit_max``     Largest logit of the same queries as the softmax gets it, masks that are added included,
+                            hidden keys left out; NaN as above.
 ``derivative_mean``         Root mean square of the activation's derivative over this observation's pre-activations.
 ``calls``                   Number of calls pooled into the row.
 ``gradient_calls``          Number of those calls whose output received a gradient.
@@ -119,6 +126,9 @@ LAYER_STATISTICS = (
     "input_dead_fraction",
     "saturated_fraction",
     "derivative_mean",
+    "attention_entropy",
+    "attention_entropy_min",
+    "attention_logit_max",
     "calls",
     "gradient_calls",
 )

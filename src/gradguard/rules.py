@@ -243,19 +243,19 @@ _CATALOGUE = (
         "Most steps are cut by gradient clipping",
         "20 observations with norms before and after clipping; five where all are cut",
     ),
-    _planned(
+    _rule(
         "GG701",
         "attention-entropy-collapse",
         "attention",
-        "An attention head looks at one position only",
-        "three observations of an attention module",
+        "Attention looks at one position only",
+        "three consecutive observations of attention; one before the first step",
     ),
-    _planned(
+    _rule(
         "GG702",
         "attention-logit-growth",
         "attention",
         "Products of queries and keys keep growing",
-        "three observations of an attention module",
+        "three consecutive observations of attention, and one before them",
     ),
     _rule(
         "GG703",

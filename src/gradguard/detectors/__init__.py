@@ -13,6 +13,7 @@ from typing import Protocol
 
 from gradguard.config import GuardConfig
 from gradguard.detectors._exclusions import with_exclusions
+from gradguard.detectors.attention import find_entropy_collapse, find_logit_growth
 from gradguard.detectors.clipping import find_clipping
 from gradguard.detectors.dead_units import find_dead_units
 from gradguard.detectors.depth import find_depth
@@ -36,8 +37,10 @@ __all__ = [
     "find_dead_units",
     "find_depth",
     "find_divergence",
+    "find_entropy_collapse",
     "find_epsilon_limited",
     "find_learning_rate",
+    "find_logit_growth",
     "find_loss_scale_collapse",
     "find_lost_updates",
     "find_missing_gradients",
@@ -77,6 +80,8 @@ DEFAULT_DETECTORS: tuple[Detector, ...] = (
     find_divergence,
     find_clipping,
     find_update_rms_spike,
+    find_entropy_collapse,
+    find_logit_growth,
 )
 """Every detector of the catalogue, in the order in which they run."""
 

@@ -8,12 +8,23 @@ from typing import Any, Protocol, Self
 
 import torch
 
-__all__ = ["Hook", "HookSet", "StepHook", "in_backward", "in_functorch", "is_tracing"]
+__all__ = [
+    "Hook",
+    "HookSet",
+    "StepHook",
+    "in_backward",
+    "in_dispatch_mode",
+    "in_functorch",
+    "is_tracing",
+    "top_function_mode",
+]
 
 
 _GRAPH_TASK = getattr(torch._C, "_current_graph_task_id", None)
 _TRACING = getattr(torch._C, "_get_tracing_state", None)
 _FUNCTORCH = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_DISPATCH_MODES = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_FUNCTION_MODE = getattr(torch.overrides, "_get_current_function_mode", None)
 
 
 class _Removable(Protocol):
@@ -134,3 +145,19 @@ def is_tracing() -> bool:
     Uses a private function of torch (checked with 2.13); where it is missing the answer is False.
     """
     return _TRACING is not None and _TRACING() is not None
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a ``TorchDispatchMode`` is active, as in selective checkpointing, which would record our operations too.
+
+    Uses a private function of torch (checked with 2.13); where it is missing the answer is False.
+    """
+    return _DISPATCH_MODES is not None and bool(_DISPATCH_MODES())
+
+
+def top_function_mode() -> object:
+    """Return the ``TorchFunctionMode`` that was entered last in this thread, ``None`` for none.
+
+    Uses a private function of torch (checked with 2.13); where it is missing the answer is ``None``.
+    """
+    return None if _FUNCTION_MODE is None else _FUNCTION_MODE()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gradguard.monitors._describe import ModuleInfo
 
-__all__ = ["KnownTensors", "Row", "Slot", "Streaks", "Units", "layer_columns", "unit_reduce"]
+__all__ = ["HeadReadings", "KnownTensors", "Row", "Slot", "Streaks", "Units", "layer_columns", "unit_reduce"]
 
 _SATURATED = 0.05
 """Share of the largest derivative below which a unit is saturated. Ours: |x| > 2.2 for tanh, 4.4 for sigmoid."""
@@ -33,6 +33,15 @@ class Slot:
     """A place at which gradients arrive: the norms of those that did."""
 
     norms: list[Norm] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadReadings:
+    """Where entropy per head and largest logit of one call of attention wait."""
+
+    entropy: Handle
+    heads: int
+    logit_max: Handle
 
 
 @dataclass(slots=True, eq=False)
@@ -117,6 +126,7 @@ class Row:
     counts: dict[str, tuple[Handle, int]] = field(default_factory=dict)
     block: str = ""
     entering: list[Slot] = field(default_factory=list)
+    heads: list[HeadReadings] = field(default_factory=list)
 
     def statistics(self, readback: Readback) -> dict[str, float]:
         """Return every layer statistic of the row that is known; call after the transfer."""
@@ -150,7 +160,7 @@ class Row:
             numbers["saturated_fraction"] = _share(self.saturated, readback)
         for name, count in self.counts.items():
             numbers[name] = _share([count], readback)
-        return numbers
+        return numbers | _attention(self.heads, readback)
 
 
 _T = TypeVar("_T")
@@ -229,6 +239,24 @@ def _pool(norms: list[Norm], readback: Readback) -> tuple[float, float]:
     pairs = [norm.resolve(readback) for norm in norms]
     largest = math.nan if any(math.isnan(m) for _, m in pairs) else max(m for _, m in pairs)
     return math.hypot(*(l2 for l2, _ in pairs)), largest
+
+
+def _attention(heads: list[HeadReadings], readback: Readback) -> dict[str, float]:
+    """Pool the calls: entropies by their mean per head, over calls of as many heads, logits by their largest."""
+    if not heads:
+        return {}
+    calls = [
+        np.array([readback.value(call.entropy, head) for head in range(call.heads)])
+        for call in heads
+        if call.heads == heads[0].heads
+    ]
+    entropy = np.mean(calls, axis=0)
+    known = entropy[~np.isnan(entropy)]
+    return {
+        "attention_entropy": float(known.mean()) if known.size else math.nan,
+        "attention_entropy_min": float(known.min()) if known.size else math.nan,
+        "attention_logit_max": float(np.max([readback.value(call.logit_max) for call in heads])),
+    }
 
 
 def _share(counts: list[tuple[Handle, int]], readback: Readback) -> float:

@@ -24,6 +24,7 @@ from gradguard.monitors._reduce import Norm, Readback, dense, queue_norm
 from gradguard.monitors._rows import KnownTensors, Row, Slot, Streaks, layer_columns, saturated_units, unit_reduce
 from gradguard.monitors._targets import Target, is_compiled, targets
 from gradguard.monitors._trees import floating_tensors
+from gradguard.monitors.attention import AttentionMonitor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,7 @@ class SignalMonitor:
         on_failure: Callable[[str, BaseException], None],
         dead_patience_steps: int = 20,
         any_mode: bool = False,
+        attention: bool = True,
     ) -> None:
         """Prepare for a model; no hook is set before :meth:`arm`.
 
@@ -66,6 +68,7 @@ class SignalMonitor:
             on_failure: Called with a place and an exception when a hook of ours fails; the monitor is off from then on.
             dead_patience_steps: Optimizer steps over which a unit must stay inactive to be called dead.
             any_mode: Observe in evaluation mode as well; a check before the first step wants that.
+            attention: Read entropy and logits of attention as well.
         """
         self._model = model
         self._on_failure = on_failure
@@ -77,6 +80,7 @@ class SignalMonitor:
         self._ran = False
         self._late: list[Target] = []
         self._blocks = BlockTaps()
+        self.attention = AttentionMonitor(model, on_failure=on_failure, any_mode=any_mode, off=not attention)
         self._streaks: dict[tuple[int, str, str], Streaks] = {}
         self._kinds: dict[int, tuple[ModuleInfo, ActivationInfo | None]] = {}
         self.generation = 0
@@ -93,6 +97,7 @@ class SignalMonitor:
         self._known: KnownTensors[tuple[Slot | None, Norm, int | None]] = KnownTensors()
         self._blocks.reset()
         self._paused = False
+        self.attention.reset(readback)
         self.eval_calls = 0
         self.backward_seen = False
         self.float16_seen = False
@@ -105,6 +110,7 @@ class SignalMonitor:
         self._ran = False
         self._fired.clear()
         self._late = []
+        self.attention.arm()
         found = list(targets(self._model))
         self._blocks.expect(target.name for target in found if target.is_block)
         for target in found:
@@ -122,6 +128,7 @@ class SignalMonitor:
         with the hook in place, and then removing it would make torch compile again.
         """
         self._active = False
+        self.attention.disarm(ran=self._ran)
         self._hooks.close()
         for key in [key for key in self._taps if key in self._fired or not self._ran]:
             self._taps.pop(key).remove()
@@ -134,7 +141,7 @@ class SignalMonitor:
 
     def pause(self) -> None:
         """Let what follows in this step pass unobserved, as in further evaluations of a closure."""
-        self._paused = True
+        self._paused = self.attention.paused = True
         self.generation += 1
 
     def close_step(self, step: int, optimizer: int) -> None:
@@ -156,7 +163,8 @@ class SignalMonitor:
 
     def columns(self) -> tuple[LayerTable, dict[str, FloatArray]]:
         """Return the rows of this observation; call after the transfer. Modules that did not run are left out."""
-        return layer_columns([row for row in self._rows.values() if row.calls], self._readback)
+        rows = [row for row in self._rows.values() if row.calls]
+        return layer_columns(self.attention.place(rows), self._readback)
 
     def blind(self) -> Unobserved | None:
         """Return why no layer was seen in a step that ran under hooks, ``None`` where some were."""
@@ -191,14 +199,16 @@ class SignalMonitor:
 
     def _watch(self, target: Target) -> None:
         key = (id(target.module), target.is_block)
+        if isinstance(target.module, nn.MultiheadAttention) and not target.is_block:
+            self.attention.watch(target.module, target.name)
         if key in self._taps:
             return
         if target.is_block:
             hook = Hook(self, SignalMonitor._on_block, target.name)
             self._taps[key] = target.module.register_forward_pre_hook(hook, with_kwargs=True)
-        else:
-            hook = Hook(self, SignalMonitor._on_forward, target.name)
-            self._taps[key] = target.module.register_forward_hook(hook, with_kwargs=True)
+            return
+        hook = Hook(self, SignalMonitor._on_forward, target.name)
+        self._taps[key] = target.module.register_forward_hook(hook, with_kwargs=True)
 
     def _arm_late(self, *_: Any) -> None:
         if self._late and torch.is_grad_enabled() and self._in_training(self._model):
