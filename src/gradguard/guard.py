@@ -154,6 +154,7 @@ class Guard:
     def disarm(self) -> None:
         """Take the layer hooks off until :meth:`rearm`, as for a validation pass; what was gathered is kept."""
         self._observing.signals.disarm()
+        self._observing.temporal.disarm()
 
     def learn_loss(self, loss: Tensor) -> None:
         """Look at how a loss was computed, where :meth:`record` gets it without its graph."""
@@ -290,6 +291,7 @@ class Guard:
             started = self._tick()
             self._read_at_step(index)
             self._observing.signals.pause()
+            self._observing.temporal.pause()
             self._tock(started)
 
     def _read_at_step(self, index: int) -> None:

@@ -19,7 +19,7 @@ from gradguard.detectors import DEFAULT_DETECTORS, Detector, run_detectors
 from gradguard.diagnosis import diagnose, link_findings
 from gradguard.findings import Diagnosis, Finding, Unobserved
 from gradguard.history import History
-from gradguard.monitors import GradientMonitor, LossMonitor, SignalMonitor
+from gradguard.monitors import GradientMonitor, LossMonitor, SignalMonitor, TemporalMonitor
 from gradguard.monitors._reduce import Handle, Norm, Readback
 from gradguard.monitors.gradients import find_parameters, total_norm
 from gradguard.monitors.loss_scale import ScaledLossMonitor
@@ -66,11 +66,13 @@ class Observing:
         self.signals = SignalMonitor(
             model, on_failure=on_failure, dead_patience_steps=config.dead_patience_steps, any_mode=preflight
         )
+        self.temporal = TemporalMonitor(model, on_failure=on_failure, any_mode=preflight)
         self.gradients = GradientMonitor(model, sample_size=config.sample_size)
         self.losses = LossMonitor() if scaler is None else ScaledLossMonitor(scaler)
         self.clip_norm = math.nan
         self.history = History(self._run_info(preflight=preflight), capacity=config.history_capacity)
-        self.notes: dict[str, Unobserved] = {note.what: note for note in self.signals.unobserved()}
+        notes = [*self.signals.unobserved(), *self.temporal.unobserved()]
+        self.notes: dict[str, Unobserved] = {note.what: note for note in notes}
         self.spent_s = 0.0
         self._scaled: list[bool]
         self._scale: Handle | None
@@ -81,7 +83,7 @@ class Observing:
     @property
     def overhead_s(self) -> float:
         """Seconds spent in gradguard since attaching, as seen from the host."""
-        return self.spent_s + self.signals.spent_s
+        return self.spent_s + self.signals.spent_s + self.temporal.spent_s
 
     @property
     def has_read(self) -> bool:
@@ -97,10 +99,12 @@ class Observing:
     def arm(self) -> None:
         """Set the taps for the coming step."""
         self.signals.arm()
+        self.temporal.arm()
 
     def disarm(self) -> None:
         """Remove the taps and forget what the present step gathered."""
         self.signals.disarm()
+        self.temporal.disarm()
         self._begin()
 
     def discard(self) -> None:
@@ -138,6 +142,7 @@ class Observing:
                 f"gradient of {name}" + (f" and {more} more" if more else ""),
                 "its tensor is sharded, quantised or of a layout whose norm cannot be read here",
             )
+        self.temporal.read(self._readback)
         self._read = True
         self._before_clipping = before_clipping
         self._scaled = scaled
@@ -166,8 +171,8 @@ class Observing:
         if not self._read:
             self._begin()
             return None
-        blind = self.signals.blind()
-        if blind is not None:
+        signals = self.signals.blind()
+        for blind in [*self.temporal.blind(), *([] if signals is None else [signals])]:
             self.note(blind.what, blind.why)
         self.gradients.read_update(self._readback)
         self.signals.close_step(step, index or 0)
@@ -217,11 +222,13 @@ class Observing:
         """Remove every hook and let go of tensors; the history stays."""
         self.disarm()
         self.signals.close()
+        self.temporal.close()
         self.gradients.close()
 
     def _begin(self) -> None:
         self._readback = Readback()
         self.signals.reset(self._readback)
+        self.temporal.reset()
         self._read = False
         self._before_clipping = True
         self._scaled = []
@@ -239,6 +246,7 @@ class Observing:
         layers, layer_values = self.signals.columns()
         for name in ("delta_norm", "delta_max_abs", "input_delta_norm", "input_delta_max_abs"):
             layer_values[name] = layer_values[name] / scale
+        temporal, profiles = self.temporal.columns(layers.names, readback, scale=scale)
         own = parameters["grad_norm"][mine > 0]
         scalars = {
             "grad_norm": math.hypot(*own[~np.isnan(own)]) if not np.isnan(own).all() else math.nan,
@@ -261,9 +269,10 @@ class Observing:
             optimizer=index or 0,
             scalars=scalars,
             layers=layers,
-            layer_values=layer_values,
+            layer_values=layer_values | temporal,
             parameters=self.gradients.table,
             parameter_values=parameters,
+            profiles=profiles,
         )
 
     def _ownership(self, index: int | None) -> tuple[FloatArray, FloatArray]:

@@ -3,5 +3,6 @@
 from gradguard.monitors.gradients import GradientMonitor
 from gradguard.monitors.losses import LossMonitor
 from gradguard.monitors.signals import SignalMonitor
+from gradguard.monitors.temporal import TemporalMonitor
 
-__all__ = ["GradientMonitor", "LossMonitor", "SignalMonitor"]
+__all__ = ["GradientMonitor", "LossMonitor", "SignalMonitor", "TemporalMonitor"]
