@@ -54,7 +54,7 @@ class GuardConfig:
         span_patience_steps: Steps after which a span beyond the limit is an error with an adaptive optimizer.
         minimum_depth_layers: Layers needed for the depth criterion; with fewer only first and last are compared.
         temporal_warning: Decades lost through time from which a loss that does not fall is put down to it.
-        temporal_error: Decades lost through time from which that is an error, and a warning before the first step.
+        temporal_error: Decades lost through time from which that is an error, and a warning where no loss is known.
         temporal_explosion: Decades gained through time from which it is a warning.
         growth_patience: Consecutive observations in which an absent or zero gradient must recur before it counts.
         unused_fraction: Share of the trainable entries from which modules that never ran are a warning.

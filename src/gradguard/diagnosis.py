@@ -25,7 +25,8 @@ __all__ = ["diagnose", "link_findings"]
 _NON_FINITE = frozenset({"GG201", "GG202", "GG203", "GG204"})
 
 _ORDER = (
-    *("GG201", "GG211", "GG213", "GG111", "GG112", "GG101", "GG102", "GG104", "GG103", "GG212", "GG602", "GG504", "GG501"),
+    *("GG201", "GG211", "GG213", "GG111", "GG112"),
+    *("GG101", "GG102", "GG104", "GG103", "GG212", "GG602", "GG504", "GG501"),
     *("GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG502", "GG403", "GG505", "GG703"),
 )
 """Which of two findings that began at the same step may explain the other: the earlier one in this row. Dead layers

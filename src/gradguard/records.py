@@ -46,9 +46,9 @@ looked at where it reaches the module's input.
 ``temporal_horizon``     Steps back after which a decade is lost; inf where that happens at none of the steps.
 ``temporal_steps``       Steps looked at. A bidirectional net is judged over half of its sequence.
 ``temporal_reach``       How far back the loss reads outputs, as a share of the steps: 0 where it reads the last one
-                         only (sequence to one), near 1 where it reads them all (a loss at each step, a mean, attention).
-``gate_mean``            Mean forget gate (LSTM) or update gate (GRU: the share of the state that is kept), 0..1; NaN for
-                         a plain RNN.
+                         only (sequence to one), near 1 where it reads all (a loss per step, a mean, attention).
+``gate_mean``            Mean forget gate (LSTM) or update gate (GRU: the share of the state that is kept), 0..1; NaN
+                         for a plain RNN.
 ``temporal_derivative``  Root mean square of the activation's derivative, plain RNN; NaN for others.
 =======================  =============================================================================================
 
@@ -103,11 +103,11 @@ from numpy.typing import NDArray
 __all__ = [
     "LAYER_STATISTICS",
     "PARAMETER_STATISTICS",
+    "TEMPORAL_STATISTICS",
     "FloatArray",
     "LayerTable",
     "OptimizerInfo",
     "ParameterTable",
-    "TEMPORAL_STATISTICS",
     "RunInfo",
     "StepRecord",
     "TemporalProfile",

@@ -34,7 +34,7 @@ MAX_SEQUENCES = 4
 """Sequences of a batch that are replayed. Ours: spans of single sequences of one net differ by tenths of a decade."""
 
 MAX_STEPS = 256
-"""Time steps that are replayed, the last ones of a sequence. Source: ours, algorithms.md, section E: replay on demand."""
+"""Time steps that are replayed, the last ones of a sequence. Source: algorithms.md, section E."""
 
 _EXACT_ENTRIES = 1 << 20
 """Recurrent weights of up to so many entries are replayed in float64 (a copy of 8 MiB), larger ones in float32."""
@@ -113,7 +113,7 @@ class Cells:
     @property
     def chain(self) -> list[CellCall]:
         """The longest chain."""
-        return list(max(self._best, self._chain, key=len))
+        return list(self._best if len(self._best) > len(self._chain) else self._chain)
 
     def add(self, call: CellCall, given: Tensor | None, state: Tensor) -> None:
         """Take a call in; ``given`` is the hidden state it got, ``state`` the one it gave."""
@@ -165,7 +165,7 @@ def capture_call(
     if isinstance(given, PackedSequence):
         if not isinstance(sequence, PackedSequence):
             return None
-        cut = _PackedCut(given)
+        cut: _PackedCut | _Cut = _PackedCut(given)
         source, result = given.data, sequence.data
     else:
         cut = _Cut(given, batch_first=module.batch_first)
@@ -310,7 +310,7 @@ def _weights(module: nn.RNNBase | nn.RNNCellBase) -> list[list[Weights]] | None:
         suffixes = [[f"_l{layer}{side}" for side in sides] for layer in range(module.num_layers)]
     else:
         suffixes = [[""]]
-    rows = []
+    rows: list[list[Weights]] = []
     for names in suffixes:
         rows.append([])
         for suffix in names:

@@ -1,5 +1,4 @@
-"""The adjoint of a recurrent net, step by step: the gradient of the loss at every hidden state of ``nn.RNN``,
-``nn.LSTM`` and ``nn.GRU``, and of their cells.
+"""The adjoint of a recurrent net: the gradient of the loss at every state of ``nn.RNN``, ``nn.LSTM``, ``nn.GRU``.
 
 A fused kernel gives the gradient at its output and at its input, never at the states in between. Here a small slice of
 the sequence is run again with the same weights, and the chain rule is written out, without autograd: the forward states
@@ -349,9 +348,7 @@ def _both(injected: list[Tensor], ends: list[Tensor], scale: Tensor) -> list[Ten
     ]
 
 
-def _handed_down(
-    passage: Passage, passed: list[Tensor], layer: int, scale: Tensor, turn: _Turn | None
-) -> list[Tensor]:
+def _handed_down(passage: Passage, passed: list[Tensor], layer: int, scale: Tensor, turn: _Turn | None) -> list[Tensor]:
     """Return what the layer above, and the last states of this one, put into a lower layer."""
     total = passed[0] if turn is None else passed[0] + turn(passed[1])
     sides = len(passed)

@@ -30,7 +30,7 @@ from gradguard.monitors._describe import clean_name
 from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
 from gradguard.monitors._profiles import CURVES, MINIMUM_STEPS, Curves, TemporalNumbers, summarise
 from gradguard.monitors._recurrence import Direction, Replayed, replay
-from gradguard.monitors._reduce import Handle, Readback
+from gradguard.monitors._reduce import Readback
 from gradguard.records import TEMPORAL_STATISTICS, FloatArray, TemporalProfile
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ Ours."""
 
 _COARSE_ROUNDING = 0.05
 """The same in half precision."""
+
+_KNOWN = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 
 _Recurrent = nn.RNNBase | nn.RNNCellBase
 
@@ -333,39 +335,41 @@ def _targets(model: nn.Module) -> Iterator[tuple[_Recurrent, str]]:
     unwrap = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     skipped: set[int] = set()
     for raw, module in model.named_modules():
-        compiled = type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        compiled = compiled or type(module).__name__ == "OptimizedModule"
         if id(module) in skipped or compiled or isinstance(module, torch.jit.ScriptModule):
             skipped.update(id(child) for child in module.modules())
-        elif isinstance(module, (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)):
-            if not parametrize.is_parametrized(module):
-                yield module, clean_name(raw, unwrap=unwrap)
+        elif isinstance(module, _KNOWN) and not parametrize.is_parametrized(module):
+            yield module, clean_name(raw, unwrap=unwrap)
 
 
 def _curves(direction: Direction) -> Tensor:
-    """Return the curves of a direction, ``[6, steps]``, at 0, 1, 2, ... steps back from each sequence's last reading."""
+    """Return a direction's curves, ``[6, steps]``, at 0, 1, 2, ... steps back from each sequence's last reading."""
     time = direction.inputs.shape[1]
     device = direction.inputs.device
     index = direction.ends - torch.arange(time, device=device)[:, None]
     valid, at = index >= 0, index.clamp(min=0)
 
     def pooled(parts: tuple[Tensor, ...]) -> Tensor:
-        squares = sum(part.square().sum(-1) for part in parts)
+        """Return the squared norm over several tensors, per step back and sequence."""
+        squares = torch.stack([part.square().sum(-1) for part in parts]).sum(0)
         return torch.where(valid, torch.take_along_dim(squares, at, 0), 0.0)
 
     count = valid.sum(1)
-    first = [
+    hidden = pooled(tuple(part[0] for part in direction.hidden)).sum(1).sqrt()
+    unknown = torch.full_like(hidden, math.nan)
+    rows = [
         pooled((direction.injected,)).sum(1).sqrt(),
-        pooled(tuple(part[0] for part in direction.hidden)).sum(1).sqrt(),
-        pooled(tuple(part[0] for part in direction.cell)).sum(1).sqrt() if direction.cell else None,
+        hidden,
+        pooled(tuple(part[0] for part in direction.cell)).sum(1).sqrt() if direction.cell else unknown,
         pooled((direction.inputs[0],)).sum(1).sqrt(),
         (pooled((direction.inputs[1],)).sum(1) / count.clamp(min=1)).sqrt(),
     ]
-    kept = [torch.full_like(first[0], math.nan) if part is None else part for part in first]
-    return torch.stack([*kept, count.to(kept[0].dtype)])
+    return torch.stack([*rows, count.to(hidden.dtype)])
 
 
 def _deviation(output: Tensor, given: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return the largest difference as a share of the largest entry; what lies beyond a sequence's length counts not."""
+    """Return the largest difference as a share of the largest entry, within the sequences' lengths."""
     difference = (output - given).abs()
     if lengths is not None:
         steps = torch.arange(output.shape[0], device=output.device)[:, None, None]
