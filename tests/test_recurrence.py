@@ -146,9 +146,15 @@ def unrolled(module: nn.RNNBase, x: Tensor) -> tuple[list[Tensor], list[Tensor]]
 def hooked(module: nn.RNNBase, x: Tensor, output_gradient: Tensor) -> Replayed:
     """Return the replay of a whole call with a given gradient at its output."""
     call = Call(
-        module=module, inputs=x, output=x, hidden=None, cell=None, lengths=None, whole=True,
+        module=module,
+        inputs=x,
+        output=module(x)[0].detach(),
+        hidden=None,
+        cell=None,
+        lengths=None,
+        whole=True,
         gradients={"output": output_gradient},
-    )  # fmt: skip
+    )
     passage = call.passage()
     assert passage is not None
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gradguard.monitors._recurrence import Kind, Passage, Weights
+from gradguard.monitors._states import Kind, Passage, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +35,6 @@ MAX_SEQUENCES = 4
 
 MAX_STEPS = 256
 """Time steps that are replayed, the last ones of a sequence. Source: algorithms.md, section E."""
-
-_EXACT_ENTRIES = 1 << 20
-"""Recurrent weights of up to so many entries are replayed in float64 (a copy of 8 MiB), larger ones in float32."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +77,7 @@ class Call:
             kind=_kind(self.module),
             weights=rows,
             inputs=self.inputs.to(dtype),
+            output=self.output.to(dtype),
             lengths=self.lengths,
             hidden=None if self.hidden is None else self.hidden.to(dtype),
             cell=None if self.cell is None else self.cell.to(dtype),
@@ -137,6 +135,7 @@ class Cells:
             kind=_kind(self.module),
             weights=rows,
             inputs=torch.stack([call.inputs for call in chain]).to(dtype),
+            output=torch.stack([call.output for call in chain]).to(dtype),
             hidden=None if first.hidden is None else first.hidden[None].to(dtype),
             cell=None if first.cell is None else first.cell[None].to(dtype),
             output_gradient=torch.stack(totals).to(dtype),
@@ -304,7 +303,7 @@ def _kind(module: nn.RNNBase | nn.RNNCellBase) -> Kind:
 
 
 def _weights(module: nn.RNNBase | nn.RNNCellBase) -> list[list[Weights]] | None:
-    """Return the weights as they are now, detached and wide; ``None`` where they are sharded or not there."""
+    """Return the weights as they are, detached, in float32 at least; ``None`` where they are sharded or not there."""
     if isinstance(module, nn.RNNBase):
         sides = ("", "_reverse") if module.bidirectional else ("",)
         suffixes = [[f"_l{layer}{side}" for side in sides] for layer in range(module.num_layers)]
@@ -327,8 +326,7 @@ def _weights(module: nn.RNNBase | nn.RNNCellBase) -> list[list[Weights]] | None:
             tensors = {short: t for short, t in found.items() if isinstance(t, torch.Tensor)}
             if not _readable(module, tensors):
                 return None
-            exact = tensors["hh"].numel() <= _EXACT_ENTRIES and tensors["hh"].device.type != "mps"
-            dtype = torch.float64 if exact else torch.float32
+            dtype = torch.promote_types(tensors["hh"].dtype, torch.float32)
             rows[-1].append(Weights(**{short: t.detach().to(dtype) for short, t in tensors.items()}))
     return rows
 

@@ -24,8 +24,8 @@ _POINTS = 64
 _ARRIVES = 1e-3
 """Share of the largest gradient put in at a step from which a step counts as read. Ours."""
 
-_TINY = 1e-300
-"""Stands in for an exact zero in logarithms: the smallest normal number of float64 is 2.2e-308."""
+_TINY = 1e-38
+"""Below this a replay in float32 underflows: spans are followed to 38 decades, and larger ones are given as that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +97,8 @@ def summarise(directions: Sequence[Curves], *, scale: float = 1.0) -> TemporalNu
         return None
     logs = np.log10(np.maximum(memory, _TINY))
     chosen = np.unique(np.linspace(0, shown - 1, min(shown, _POINTS)).round().astype(np.intp))
+    within = chosen[memory[chosen] > _TINY]
+    followed = within if within.size > 1 else chosen
     profile = TemporalProfile(
         distance=chosen.astype(np.float64),
         injected=joined["injected"][chosen] / scale,
@@ -107,7 +109,7 @@ def summarise(directions: Sequence[Curves], *, scale: float = 1.0) -> TemporalNu
     )
     return TemporalNumbers(
         span=_span(logs),
-        factor=10.0 ** _slope(chosen.astype(np.float64), logs[chosen]),
+        factor=10.0 ** _slope(followed.astype(np.float64), logs[followed]),
         horizon=_horizon(logs),
         steps=shown,
         reach=max(curves.reach for curves in usable),

@@ -1,9 +1,10 @@
 """The adjoint of a recurrent net: the gradient of the loss at every state of ``nn.RNN``, ``nn.LSTM``, ``nn.GRU``.
 
 A fused kernel gives the gradient at its output and at its input, never at the states in between. Here a small slice of
-the sequence is run again with the same weights, and the chain rule is written out, without autograd: the forward states
-first, then all local derivatives of a layer at once, then one matrix product per time step backwards. No random number
-is drawn; dropout between layers is left out.
+the sequence is run again with the same weights, and the chain rule is written out, without autograd: all local
+derivatives of a layer at once, then one matrix product per time step backwards. The last layer's states are known from
+its output; those of the layers below are computed step by step. No random number is drawn; dropout between layers is
+left out.
 
 Two gradients travel together. The first is that of the loss itself. The second starts at the last step alone at which a
 sequence receives gradient, with length 1 per sequence: what the net *remembers*, undisturbed by what a loss at every
@@ -15,59 +16,17 @@ Bengio (2013), ICML, arXiv 1211.5063, equations 3 to 5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
+
+from gradguard.monitors._states import Passage, Trace, Weights, run_layer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Direction", "Kind", "Passage", "Replayed", "Weights", "replay"]
-
-Kind = Literal["RNN_TANH", "RNN_RELU", "LSTM", "GRU"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """The weights of one layer in one direction, in torch's layout; biases and projection may be absent."""
-
-    ih: Tensor
-    hh: Tensor
-    bias_ih: Tensor | None = None
-    bias_hh: Tensor | None = None
-    hr: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Passage:
-    """A slice of a call, time first.
-
-    Attributes:
-        kind: What the module computes.
-        weights: Per layer, per direction.
-        inputs: Shape ``[time, batch, features]``.
-        lengths: Steps of each sequence, shape ``[batch]``, on the inputs' device; ``None`` where all are whole.
-        hidden: First hidden states, shape ``[layers * directions, batch, width]``; ``None`` for zeros.
-        cell: First cell states of an LSTM, likewise.
-        output_gradient: Gradient at the output, shape ``[time, batch, directions * width]``; ``None`` for zeros.
-        hidden_gradient: Gradient at the last hidden states, shaped like ``hidden``; ``None`` for zeros.
-        cell_gradient: Gradient at the last cell states, shaped like ``cell``; ``None`` for zeros.
-        totals: Whether ``output_gradient`` holds the whole gradient at every state, as a cell called in a loop shows
-            it, and not what the loss puts in at that step.
-    """
-
-    kind: Kind
-    weights: Sequence[Sequence[Weights]]
-    inputs: Tensor
-    lengths: Tensor | None = None
-    hidden: Tensor | None = None
-    cell: Tensor | None = None
-    output_gradient: Tensor | None = None
-    hidden_gradient: Tensor | None = None
-    cell_gradient: Tensor | None = None
-    totals: bool = False
+__all__ = ["Direction", "Replayed", "replay"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +55,8 @@ class Replayed:
     """A replayed slice.
 
     Attributes:
-        output: Output of the last layer, ``[time, batch, directions * width]``; as of the module where it has no
-            dropout.
+        output: Output of the last layer, each step from the module's own state before it; the module's output unless
+            there is dropout, or its forward is not torch's.
         directions: Forward, and backward where there is one.
         gate: Mean forget gate (LSTM) or update gate (GRU: the share kept), 0 to 1; ``None`` for a plain RNN.
         slope: Root mean square of the activation's derivative (plain RNN), else ``None``.
@@ -110,24 +69,8 @@ class Replayed:
 
 
 @dataclass(slots=True)
-class _Trace:
-    """States and local derivatives of one layer in one direction, each ``[time, batch, ...]``.
-
-    ``local`` turns repeated state gradients into those at the gates; ``gates`` those at the gates into those at the
-    recurrent product, where it differs (GRU).
-    """
-
-    hidden: Tensor
-    local: Tensor
-    gates: Tensor | None = None
-    to_cell: Tensor | None = None
-    keep: Tensor | None = None
-    slope: Tensor | None = None
-
-
-@dataclass(slots=True)
 class _Adjoint:
-    """Gradients at the states and gates of one layer, each ``[2, time, batch, ...]``.
+    """Gradients of one layer, each ``[2, time, batch, ...]``.
 
     ``through`` is the part of the first that came from the next step, ``[time, batch, width]``, where totals are given.
     """
@@ -142,23 +85,33 @@ def replay(passage: Passage) -> Replayed:
     """Run a slice forward and its gradient backward; see :class:`Passage` and :class:`Replayed`."""
     directions = len(passage.weights[0])
     turn = _turning(passage) if directions == 2 else None
-    traces: list[list[_Trace]] = []
+    traces: list[list[Trace]] = []
     x = passage.inputs
     for layer, row in enumerate(passage.weights):
+        known = passage.output.chunk(directions, -1) if layer == len(passage.weights) - 1 else None
         traces.append([])
         for side, weights in enumerate(row):
-            own = x if side == 0 or turn is None else turn(x)
-            traces[-1].append(_forward(passage, weights, own, layer * directions + side))
+            parts = (x, None if known is None else known[side])
+            own, states = parts if side == 0 or turn is None else (turn(x), None if known is None else turn(known[1]))
+            traces[-1].append(run_layer(passage, weights, own, states, layer * directions + side))
         outputs = [trace.hidden for trace in traces[-1]]
         x = outputs[0] if turn is None else torch.cat([outputs[0], turn(outputs[1])], -1)
-    keeps = [trace.keep.mean() for row in traces for trace in row if trace.keep is not None]
-    slopes = [trace.slope.square().mean() for row in traces for trace in row if trace.slope is not None]
+    flat = [trace for row in traces for trace in row]
+    keeps = [_mean(passage, trace.keep) for trace in flat if trace.keep is not None]
+    slopes = [_mean(passage, trace.slope.square()) for trace in flat if trace.slope is not None]
     return Replayed(
         output=x,
         directions=_backward(passage, traces, turn),
         gate=torch.stack(keeps).mean() if keeps else None,
         slope=torch.stack(slopes).mean().sqrt() if slopes else None,
     )
+
+
+def _mean(passage: Passage, values: Tensor) -> Tensor:
+    """Return the mean of ``[time, batch, width]`` within the sequences' lengths."""
+    if passage.lengths is None:
+        return values.mean()
+    return (values.mean(-1) * (_steps(values) < passage.lengths)).sum() / passage.lengths.sum()
 
 
 class _Turn:
@@ -190,84 +143,7 @@ def _last(passage: Passage) -> Tensor:
     return passage.lengths - 1
 
 
-def _forward(passage: Passage, weights: Weights, x: Tensor, index: int) -> _Trace:
-    batch, width = x.shape[1], weights.hh.shape[1]
-    state = passage.hidden[index] if passage.hidden is not None else x.new_zeros(batch, width)
-    if passage.kind == "LSTM":
-        size = weights.hh.shape[0] // 4
-        cell = passage.cell[index] if passage.cell is not None else x.new_zeros(batch, size)
-        return _lstm(weights, _product(weights, x), state, cell, size)
-    if passage.kind == "GRU":
-        return _gru(weights, x, state)
-    given = _product(weights, x)
-    is_tanh = passage.kind == "RNN_TANH"
-    states = []
-    for step in given:
-        total = torch.addmm(step, state, weights.hh.t())
-        state = total.tanh() if is_tanh else total.relu()
-        states.append(state)
-    hidden = torch.stack(states)
-    slope = 1 - hidden.square() if is_tanh else (hidden > 0).to(hidden.dtype)
-    return _Trace(hidden=hidden, local=slope, slope=slope)
-
-
-def _product(weights: Weights, x: Tensor) -> Tensor:
-    """Return what the inputs and the biases add to the gates, of all steps at once."""
-    total = x @ weights.ih.t()
-    for bias in (weights.bias_ih, weights.bias_hh):
-        if bias is not None:
-            total = total + bias
-    return total
-
-
-def _lstm(weights: Weights, given: Tensor, state: Tensor, cell: Tensor, size: int) -> _Trace:
-    states, cells, gates, news, first = [], [], [], [], cell
-    for step in given:
-        total = torch.addmm(step, state, weights.hh.t())
-        gate, new = total.sigmoid(), total[:, 2 * size : 3 * size].tanh()
-        cell = gate[:, size : 2 * size] * cell + gate[:, :size] * new
-        state = gate[:, 3 * size :] * cell.tanh()
-        if weights.hr is not None:
-            state = state @ weights.hr.t()
-        states.append(state)
-        cells.append(cell)
-        gates.append(gate)
-        news.append(new)
-    i, f, _, o = torch.stack(gates).chunk(4, -1)
-    new, c = torch.stack(news), torch.stack(cells)
-    before, tanh = torch.cat([first[None], c[:-1]]), c.tanh()
-    local = [new * i * (1 - i), before * f * (1 - f), i * (1 - new.square()), tanh * o * (1 - o)]
-    return _Trace(
-        hidden=torch.stack(states), local=torch.cat(local, -1), to_cell=o * (1 - tanh.square()), keep=f.contiguous()
-    )
-
-
-def _gru(weights: Weights, x: Tensor, state: Tensor) -> _Trace:
-    given = x @ weights.ih.t()
-    if weights.bias_ih is not None:
-        given = given + weights.bias_ih
-    states, products, gates, news, first = [], [], [], [], state
-    size = weights.hh.shape[1]
-    for step in given:
-        product = state @ weights.hh.t() if weights.bias_hh is None else state @ weights.hh.t() + weights.bias_hh
-        gate = (step[:, : 2 * size] + product[:, : 2 * size]).sigmoid()
-        last = product[:, 2 * size :]
-        new = (step[:, 2 * size :] + gate[:, :size] * last).tanh()
-        state = new + gate[:, size:] * (state - new)
-        states.append(state)
-        products.append(last)
-        gates.append(gate)
-        news.append(new)
-    hidden, last, new = torch.stack(states), torch.stack(products), torch.stack(news)
-    r, z = torch.stack(gates).chunk(2, -1)
-    before = torch.cat([first[None], hidden[:-1]])
-    at_new = (1 - z) * (1 - new.square())
-    local = torch.cat([at_new * last * r * (1 - r), (before - new) * z * (1 - z), at_new], -1)
-    ones = torch.ones_like(r)
-    return _Trace(hidden=hidden, local=local, gates=torch.cat([ones, ones, r], -1), keep=z.contiguous())
-
-
-def _backward(passage: Passage, traces: list[list[_Trace]], turn: _Turn | None) -> tuple[Direction, ...]:
+def _backward(passage: Passage, traces: list[list[Trace]], turn: _Turn | None) -> tuple[Direction, ...]:
     sides = len(traces[0])
     injected, at_cell, ends = _readings(passage, traces[-1], turn)
     scale = _end_length(injected, ends)
@@ -303,7 +179,7 @@ def _backward(passage: Passage, traces: list[list[_Trace]], turn: _Turn | None) 
 
 
 def _readings(
-    passage: Passage, top: list[_Trace], turn: _Turn | None
+    passage: Passage, top: list[Trace], turn: _Turn | None
 ) -> tuple[list[Tensor], list[list[Tensor | None]], list[Tensor]]:
     """Return, in each direction's own time, the gradient put into the top layer, into all cells, and the last steps."""
     sides, layers = len(top), len(passage.weights)
@@ -362,32 +238,34 @@ def _handed_down(passage: Passage, passed: list[Tensor], layer: int, scale: Tens
     return given
 
 
-def _adjoint(weights: Weights, trace: _Trace, given: Tensor, at_cell: Tensor | None, *, totals: bool) -> _Adjoint:
-    time = given.shape[1]
-    through = given.new_zeros(given.shape[0], *given.shape[2:])
-    cell = None if trace.to_cell is None else through.new_zeros(*through.shape[:2], trace.to_cell.shape[-1])
+def _adjoint(weights: Weights, trace: Trace, given: Tensor, at_cell: Tensor | None, *, totals: bool) -> _Adjoint:
+    arrives, local = given.unbind(1), trace.local.unbind()
+    keep, to_cell, to_product = (
+        part.unbind() if part is not None else () for part in (trace.keep, trace.to_cell, trace.gates)
+    )
+    through = torch.zeros_like(arrives[0])
+    cell = through.new_zeros(*through.shape[:2], to_cell[0].shape[-1]) if to_cell else through
     hidden, cells, gates, arrived = [], [], [], []
-    for t in range(time - 1, -1, -1):
+    for t in range(given.shape[1] - 1, -1, -1):
         if totals:
             arrived.append(through[0])
-            state = torch.stack([given[0, t], through[1] + given[1, t]])
+            state = torch.stack([arrives[t][0], through[1] + arrives[t][1]])
         else:
-            state = through + given[:, t]
+            state = through + arrives[t]
         hidden.append(state)
         inner = state if weights.hr is None else state @ weights.hr
-        if cell is not None and trace.to_cell is not None and trace.keep is not None:
-            cell = cell + inner * trace.to_cell[t]
-            if at_cell is not None:
-                cell = cell + at_cell[:, t]
+        if to_cell:
+            cell = torch.addcmul(cell, inner, to_cell[t])
+            cell = cell if at_cell is None else cell + at_cell[:, t]
             cells.append(cell)
-            gate = torch.cat([cell, cell, cell, inner], -1) * trace.local[t]
+            gate = torch.cat([cell, cell, cell, inner], -1) * local[t]
             through = gate @ weights.hh
-            cell = cell * trace.keep[t]
-        elif trace.gates is not None and trace.keep is not None:
-            gate = inner.repeat(1, 1, 3) * trace.local[t]
-            through = torch.baddbmm(inner * trace.keep[t], gate * trace.gates[t], weights.hh.expand(2, -1, -1))
+            cell = cell * keep[t]
+        elif to_product:
+            gate = torch.cat([inner, inner, inner], -1) * local[t]
+            through = torch.addcmul((gate * to_product[t]) @ weights.hh, inner, keep[t])
         else:
-            gate = inner * trace.local[t]
+            gate = inner * local[t]
             through = gate @ weights.hh
         gates.append(gate)
     return _Adjoint(

@@ -349,10 +349,12 @@ def _curves(direction: Direction) -> Tensor:
     device = direction.inputs.device
     index = direction.ends - torch.arange(time, device=device)[:, None]
     valid, at = index >= 0, index.clamp(min=0)
+    wide = torch.float32 if device.type == "mps" else torch.float64  # squares leave the range of float32
 
     def pooled(parts: tuple[Tensor, ...]) -> Tensor:
         """Return the squared norm over several tensors, per step back and sequence."""
-        squares = torch.stack([part.square().sum(-1) for part in parts]).sum(0)
+        norms = [torch.linalg.vector_norm(part, dim=-1, dtype=wide) for part in parts]
+        squares = torch.stack(norms).square().sum(0)
         return torch.where(valid, torch.take_along_dim(squares, at, 0), 0.0)
 
     count = valid.sum(1)
