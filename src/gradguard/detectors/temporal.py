@@ -252,13 +252,15 @@ def _evidence(code: str, module: _Module, index: int) -> dict[str, Evidence]:
             value=module.at("temporal_span", index), unit="decades", note=f"a warning beyond {limit:+g}"
         ),
         "factor_per_step": Evidence(value=factor, unit="ratio", note="1 would keep its size"),
-        "time_steps": Evidence(value=int(module.at("temporal_steps", index)), unit="steps", note="of the sequence"),
         "output_reach": Evidence(
             value=module.at("temporal_reach", index),
             unit="fraction",
             note="of the steps, back from the last, at which the loss reads outputs; 0: the last only",
         ),
     }
+    steps = module.at("temporal_steps", index)
+    if math.isfinite(steps):
+        evidence["time_steps"] = Evidence(value=int(steps), unit="steps", note="of the sequence")
     if math.isfinite(horizon):
         evidence["memory_horizon"] = Evidence(value=horizon, unit="steps", note="back to a tenth of the gradient")
     if math.isfinite(gate):
