@@ -236,6 +236,19 @@ def test_a_cell_in_a_loop_gives_what_the_fused_net_gives(kind: str, as_cell: boo
         np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
+def test_rounding_is_not_taken_for_a_reading_where_the_gradient_explodes() -> None:
+    """In a cell's loop what the loss puts in is a difference; ten decades of growth lift its rounding over the loss."""
+    torch.manual_seed(0)
+    looped = Looped(nn.RNN(8, 32, nonlinearity="tanh"), as_cell=True)
+    with torch.no_grad():
+        nn.init.orthogonal_(looped.cell.weight_hh, 1.5)
+    x = torch.randn(4, STEPS, 8) * 0.001
+    found = watch(looped, lambda: looped(x * 1e-3)[:, -1])["cell"]
+
+    assert found["temporal_span"] > 8
+    assert found["temporal_reach"] == 0.0
+
+
 def test_a_state_that_is_changed_between_calls_is_not_followed() -> None:
     """What lies between the calls is unknown: a note, no number."""
     looped = Looped(net("gru")[0], as_cell=True)
