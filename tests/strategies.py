@@ -11,6 +11,7 @@ from gradguard.history import History
 from gradguard.records import (
     LAYER_STATISTICS,
     PARAMETER_STATISTICS,
+    TEMPORAL_STATISTICS,
     FloatArray,
     LayerTable,
     OptimizerInfo,
@@ -19,6 +20,7 @@ from gradguard.records import (
     StepRecord,
 )
 
+_LAYER = (*LAYER_STATISTICS, *TEMPORAL_STATISTICS)
 ROLES = ("affine", "norm", "activation", "recurrent", "embedding", "attention", "other")
 _SHARES = frozenset(
     {
@@ -80,7 +82,7 @@ def _column(draw: st.DrawFn, name: str, size: int) -> FloatArray:
 @st.composite
 def records(draw: st.DrawFn, step: int, layers: LayerTable, parameters: ParameterTable) -> StepRecord:
     """Draw one observation over given tables; some statistics may be missing altogether."""
-    known = draw(st.sets(st.sampled_from(LAYER_STATISTICS)))
+    known = draw(st.sets(st.sampled_from(_LAYER)))
     owned = draw(st.sets(st.sampled_from(PARAMETER_STATISTICS)))
     return StepRecord(
         step=step,
@@ -88,7 +90,7 @@ def records(draw: st.DrawFn, step: int, layers: LayerTable, parameters: Paramete
         optimizer=draw(st.integers(min_value=0, max_value=1)),
         scalars=draw(st.dictionaries(st.sampled_from(["loss", "grad_norm", "lr", "skipped"]), numbers)),
         layers=layers,
-        layer_values={name: _column(draw, name, len(layers)) for name in LAYER_STATISTICS if name in known},
+        layer_values={name: _column(draw, name, len(layers)) for name in _LAYER if name in known},
         parameters=parameters,
         parameter_values={name: _column(draw, name, len(parameters)) for name in PARAMETER_STATISTICS if name in owned},
     )

@@ -39,9 +39,30 @@ def with_parameters(history: History, **columns: float) -> History:
     return changed(history, edit)
 
 
+def through_time(span: float) -> History:
+    """Return a run whose first layer is followed through time, at the end of a sequence, and whose loss is flat."""
+
+    def edit(record: StepRecord) -> StepRecord:
+        only = np.where(np.arange(len(record.layers)) == 0, 1.0, NAN)
+        numbers = {
+            "temporal_span": span,
+            "temporal_factor": 10 ** (span / 35),
+            "temporal_steps": 40.0,
+            "temporal_reach": 0.0,
+            "gate_mean": 0.5,
+        }
+        columns = {name: only * value for name, value in numbers.items()}
+        columns |= {"temporal_horizon": only * 5.0, "temporal_derivative": only * NAN}
+        return replace(record, layer_values={**record.layer_values, **columns})
+
+    return changed(chain(activation="Tanh"), edit)
+
+
 SICK: dict[str, Callable[[], History]] = {
     "vanishing": decaying,
     "exploding": lambda: chain(gain=2.0, activation="ReLU"),
+    "forgetting": lambda: through_time(-7.0),
+    "exploding in time": lambda: through_time(7.0),
     "not in the optimizer": lambda: with_parameters(chain(activation="Tanh"), in_optimizer=0.0),
     "too fast": lambda: with_parameters(chain(activation="Tanh"), update_ratio=3.0),
     "too slow": lambda: with_parameters(chain(activation="Tanh"), update_ratio=1e-9),

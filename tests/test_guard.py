@@ -75,9 +75,10 @@ def hook_counts(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int
         lambda: mlp(6, nn.Tanh),
         lambda: ConvNet(2),
         lambda: SequenceClassifier("lstm"),
+        lambda: SequenceClassifier("gru"),
         lambda: TransformerClassifier(2, dropout=0.1),
     ],
-    ids=["mlp", "conv", "lstm", "transformer"],
+    ids=["mlp", "conv", "lstm", "gru", "transformer"],
 )
 def test_training_is_bit_identical_with_and_without_a_guard(make: Callable[[], nn.Module]) -> None:
     """Parameters, buffers, optimizer state and random state after 50 steps are the same to the last bit."""

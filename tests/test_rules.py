@@ -53,9 +53,9 @@ CATALOGUE = {
 """Codes never change their meaning: an edit of this table is an edit of the contract."""
 
 AVAILABLE = {
-    *("GG101", "GG102", "GG103", "GG104", "GG201", "GG202", "GG203", "GG204", "GG211", "GG212", "GG213"),
-    *("GG301", "GG302", "GG403", "GG501", "GG502", "GG503", "GG504", "GG505", "GG601", "GG602", "GG701"),
-    *("GG702", "GG703"),
+    *("GG101", "GG102", "GG103", "GG104", "GG111", "GG112", "GG201", "GG202", "GG203", "GG204"),
+    *("GG211", "GG212", "GG213", "GG301", "GG302", "GG403", "GG501", "GG502", "GG503", "GG504", "GG505"),
+    *("GG601", "GG602", "GG701", "GG702", "GG703"),
 }
 
 TEXTS = Path(gradguard.__file__).parent / "_explanations"

@@ -22,6 +22,8 @@ _DEPTH = (
     "law: Schoenholz et al. 2017, arXiv 1611.01232"
 )
 
+_TIME = "Ours: seven nets on a recall over 64 steps; law: Pascanu et al. 2013, arXiv 1211.5063"
+
 _SPIKE = "Ours: 0 to 0.14 false alarms in 1000 steps of log-normal noise"
 
 
@@ -51,6 +53,9 @@ class GuardConfig:
         span_late_explosion: Decades by which a gradient may still grow towards the input after ``span_patience_steps``.
         span_patience_steps: Steps after which a span beyond the limit is an error with an adaptive optimizer.
         minimum_depth_layers: Layers needed for the depth criterion; with fewer only first and last are compared.
+        temporal_warning: Decades lost through time from which a loss that does not fall is put down to it.
+        temporal_error: Decades lost through time from which that is an error, and a warning where no loss is known.
+        temporal_explosion: Decades gained through time from which it is a warning.
         growth_patience: Consecutive observations in which an absent or zero gradient must recur before it counts.
         unused_fraction: Share of the trainable entries from which modules that never ran are a warning.
         dead_fraction_warning: Share of dead units in a layer that is a warning.
@@ -82,7 +87,7 @@ class GuardConfig:
     ignore: tuple[str, ...] = ()
     on_finding: Literal["warn", "raise", "silent"] | Callable[[Finding], object] = "warn"
     on_error: Literal["warn", "raise"] = "warn"
-    history_capacity: int = _number(256, unit="observations", low=96, source="Ours: 36 KiB per layer at most")
+    history_capacity: int = _number(256, unit="observations", low=96, source="Ours: 42 KiB per layer at most")
     sample_size: int = _number(
         4096, unit="entries", low=16, source="Ours: relative error of a sampled norm is about 1/sqrt(2n), 1 % at 4096"
     )
@@ -102,6 +107,9 @@ class GuardConfig:
         source="Ours: Adam rescues default-initialized 20-layer ReLU nets by step 100",
     )
     minimum_depth_layers: int = _number(6, unit="layers", low=2, source="Ours: fewer rows give no slope")
+    temporal_warning: float = _number(3.0, unit="decades", low=0.0, source=_TIME)
+    temporal_error: float = _number(5.0, unit="decades", low=0.0, source=_TIME)
+    temporal_explosion: float = _number(2.0, unit="decades", low=0.0, source=_TIME)
     growth_patience: int = _number(2, unit="observations", low=1, source="Ours: one look may catch a skipped branch")
     unused_fraction: float = _number(
         0.1, unit="fraction", low=0.0, high=1.0, source="Ours: an unused pooler of BERT-base is 0.5 % of its weights"

@@ -25,8 +25,9 @@ __all__ = ["diagnose", "link_findings"]
 _NON_FINITE = frozenset({"GG201", "GG202", "GG203", "GG204"})
 
 _ORDER = (
-    *("GG201", "GG211", "GG213", "GG702", "GG701", "GG101", "GG102", "GG104", "GG103", "GG212", "GG602", "GG504"),
-    *("GG501", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG502", "GG403", "GG505", "GG703"),
+    *("GG201", "GG211", "GG213", "GG111", "GG112", "GG702", "GG701", "GG101", "GG102", "GG104", "GG103", "GG212"),
+    *("GG602", "GG504", "GG501", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG502", "GG403", "GG505"),
+    "GG703",
 )
 """Which of two findings that began at the same step may explain the other: the earlier one in this row. Dead layers
 that are an error come right after a non-finite input."""
@@ -51,6 +52,8 @@ _FOLLOWS = {
     "GG102": frozenset({"GG103", "GG202", "GG203", "GG204", "GG301", "GG302", "GG403", "GG501", "GG505"}),
     "GG103": frozenset({"GG101", "GG102", "GG202", "GG203", "GG204", "GG301", "GG302", "GG501", "GG505"}),
     "GG104": frozenset({"GG502", "GG503"}),
+    "GG111": frozenset({"GG403", "GG502", "GG503", "GG504"}),
+    "GG112": frozenset({"GG102", "GG103", "GG202", "GG203", "GG204", "GG302", "GG403", "GG501", "GG505"}),
     "GG211": frozenset({"GG101", "GG104", "GG502", "GG503", "GG504"}),
     "GG212": frozenset({"GG502", "GG503"}),
     "GG301": frozenset({"GG101", "GG104", "GG501", "GG502", "GG503"}),
@@ -71,6 +74,7 @@ _FOLLOWS = {
 _CAUSES = {
     Cause.WEIGHT_SCALE: "the scale of the weights",
     Cause.NORMALIZATION: "the normalization layers",
+    Cause.GATES: "the gates",
     Cause.DEAD_UNITS: "dead units",
     Cause.SATURATION: "saturated units",
     Cause.LEARNING_RATE: "the learning rate",
@@ -171,7 +175,9 @@ def _explains(root: Finding, other: Finding) -> bool:
     both_non_finite = root.code in _NON_FINITE and other.code in _NON_FINITE
     if root.optimizer != other.optimizer and not both_non_finite:
         return False
-    if root.code in {"GG102", "GG501"} and other.cause is Cause.DATA:
+    if root.code == "GG112" and other.code == "GG102" and other.layer not in root.layers:
+        return False
+    if root.code in {"GG102", "GG112", "GG501"} and other.cause is Cause.DATA:
         return False
     if root.code == "GG101" and other.code == "GG503":
         return other.cause is Cause.PRECISION

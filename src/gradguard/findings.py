@@ -51,6 +51,7 @@ class Cause(StrEnum):
     ACTIVATION_DERIVATIVE = "activation derivative"
     WEIGHT_SCALE = "weight scale"
     NORMALIZATION = "normalization"
+    GATES = "gates"
     DEAD_UNITS = "dead units"
     SATURATION = "saturation"
     LEARNING_RATE = "learning rate"

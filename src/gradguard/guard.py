@@ -333,6 +333,7 @@ class Guard:
             started = self._tick()
             self._read_at_step(index)
             self._observing.signals.pause()
+            self._observing.temporal.pause()
             self._tock(started)
 
     def _read_at_step(self, index: int) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from gradguard.records import FloatArray, LayerTable, NonFiniteOrigin, ParameterTable, RunInfo, StepRecord
+from gradguard.records import (
+    FloatArray,
+    LayerTable,
+    NonFiniteOrigin,
+    ParameterTable,
+    RunInfo,
+    StepRecord,
+    TemporalProfile,
+)
 
 __all__ = ["History"]
 
@@ -61,8 +69,9 @@ class History:
     """Observations of a run, oldest first, by statistic name.
 
     Memory is bounded whatever the run's length. At most ``capacity`` observations are kept: the first 32, the newest
-    third, and evenly spaced ones in between. At the default capacity of 256 a layer costs at most 36 KiB
-    (``capacity * len(LAYER_STATISTICS) * 8`` bytes) and a parameter 20 KiB (the same with ``PARAMETER_STATISTICS``).
+    third, and evenly spaced ones in between. At the default capacity of 256 a layer costs at most 42 KiB
+    (``capacity * len(LAYER_STATISTICS) * 8`` bytes), 14 KiB more in nets with recurrent modules, and a parameter 30 KiB
+    (the same with ``PARAMETER_STATISTICS``).
     Losses, recorded at every step and kept in the same way, cost at most 600 KiB in all.
 
     Example:
@@ -100,11 +109,15 @@ class History:
         self._origins: list[NonFiniteOrigin] = []
         self._finite_batches: set[int] = set()
         self._seen: Counter[int] = Counter()
+        self._profiles: dict[int, Mapping[str, TemporalProfile]] = {}
         self._cache: dict[tuple[str, str], FloatArray] = {}
         self._tables: tuple[LayerTable, ParameterTable] | None = None
 
     def append(self, record: StepRecord) -> None:
         """Add an observation; where there are too many, the middle is thinned out."""
+        if record.profiles:
+            self._profiles[record.optimizer] = record.profiles
+            record = replace(record, profiles={})
         self._records.append(record)
         self._seen[record.optimizer] += 1
         self._cache.clear()
@@ -160,6 +173,11 @@ class History:
         return steps, np.array([loss for _, loss, _ in kept], dtype=np.float64)
 
     @property
+    def profiles(self) -> Mapping[str, TemporalProfile]:
+        """The newest gradients through time by recurrent module; empty where none was followed."""
+        return self._profiles.get(self.optimizer, {})
+
+    @property
     def layers(self) -> LayerTable:
         """All layers seen, in the execution order of the newest observation; layers it lacks stand at the end."""
         return self._union()[0]
@@ -203,6 +221,8 @@ class History:
         part._origins = [origin for origin in self._origins if origin.optimizer == index]
         part._finite_batches = self._finite_batches
         part._seen[index] = self._seen[index]
+        if index in self._profiles:
+            part._profiles[index] = self._profiles[index]
         return part
 
     def _union(self) -> tuple[LayerTable, ParameterTable]:

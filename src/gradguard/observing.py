@@ -20,7 +20,7 @@ from gradguard.detectors import DEFAULT_DETECTORS, Detector, run_detectors
 from gradguard.diagnosis import diagnose, link_findings
 from gradguard.findings import Diagnosis, Finding, Unobserved
 from gradguard.history import History
-from gradguard.monitors import GradientMonitor, LossMonitor, NonFiniteMonitor, SignalMonitor
+from gradguard.monitors import GradientMonitor, LossMonitor, NonFiniteMonitor, SignalMonitor, TemporalMonitor
 from gradguard.monitors._reduce import Handle, Norm, Readback
 from gradguard.monitors.gradients import find_parameters, total_norm
 from gradguard.monitors.loss_scale import ScaledLossMonitor
@@ -78,11 +78,13 @@ class Observing:
         self._searched = False
         if not preflight:
             self.search.listen()
+        self.temporal = TemporalMonitor(model, on_failure=on_failure, any_mode=preflight)
         self.gradients = GradientMonitor(model, sample_size=config.sample_size)
         self.losses = LossMonitor() if scaler is None else ScaledLossMonitor(scaler)
         self.clip_norm = math.nan
         self.history = History(self._run_info(preflight=preflight), capacity=config.history_capacity)
-        self.notes: dict[str, Unobserved] = {note.what: note for note in self.signals.unobserved()}
+        notes = [*self.signals.unobserved(), *self.temporal.unobserved()]
+        self.notes: dict[str, Unobserved] = {note.what: note for note in notes}
         self.spent_s = 0.0
         self._scaled: list[bool]
         self._scale: Handle | None
@@ -93,7 +95,8 @@ class Observing:
     @property
     def overhead_s(self) -> float:
         """Seconds spent in gradguard since attaching, as seen from the host."""
-        return self.spent_s + self.signals.spent_s + self.signals.attention.spent_s + self.search.spent_s
+        within = (self.signals.spent_s, self.signals.attention.spent_s, self.temporal.spent_s, self.search.spent_s)
+        return self.spent_s + sum(within)
 
     @property
     def has_read(self) -> bool:
@@ -139,15 +142,18 @@ class Observing:
     def arm(self) -> None:
         """Set the taps for the coming step."""
         self.signals.arm()
+        self.temporal.arm()
 
     def disarm(self) -> None:
         """Remove the taps and forget what the present step gathered."""
         self.signals.disarm()
+        self.temporal.disarm()
         self._begin()
 
     def mute(self) -> None:
         """Remove the hooks on the model, as for a validation pass; what was gathered is kept."""
         self.signals.disarm()
+        self.temporal.disarm()
         self.search.mute()
 
     def discard(self) -> None:
@@ -190,6 +196,7 @@ class Observing:
                 f"gradient of {name}" + (f" and {more} more" if more else ""),
                 "its tensor is sharded, quantised or of a layout whose norm cannot be read here",
             )
+        self.temporal.read(self._readback)
         self._read = True
         self._before_clipping = before_clipping
         self._scaled = scaled
@@ -219,8 +226,8 @@ class Observing:
         if not self._read:
             self._begin()
             return None
-        blind = self.signals.blind()
-        if blind is not None:
+        signals = self.signals.blind()
+        for blind in [*self.temporal.blind(), *([] if signals is None else [signals])]:
             self.note(blind.what, blind.why)
         self.gradients.read_update(self._readback)
         self.signals.close_step(step, index or 0)
@@ -272,6 +279,7 @@ class Observing:
         self.disarm()
         self.search.close()
         self.signals.close()
+        self.temporal.close()
         self.gradients.close()
 
     def _on_search_failure(self, place: str, error: BaseException) -> None:
@@ -282,6 +290,7 @@ class Observing:
     def _begin(self) -> None:
         self._readback = Readback()
         self.signals.reset(self._readback)
+        self.temporal.reset()
         self._read = False
         self._before_clipping = True
         self._scaled = []
@@ -301,6 +310,7 @@ class Observing:
         layers, layer_values = self.signals.columns()
         for place, kind in itertools.product(("delta", "input_delta", "block_delta"), ("norm", "max_abs")):
             layer_values[f"{place}_{kind}"] = layer_values[f"{place}_{kind}"] / scale
+        temporal, profiles = self.temporal.columns(layers.names, readback, scale=scale)
         own = parameters["grad_norm"][mine > 0]
         scalars = {
             "grad_norm": math.hypot(*own[~np.isnan(own)]) if not np.isnan(own).all() else math.nan,
@@ -323,9 +333,10 @@ class Observing:
             optimizer=index or 0,
             scalars=scalars,
             layers=layers,
-            layer_values=layer_values,
+            layer_values=layer_values | temporal,
             parameters=self.gradients.table,
             parameter_values=parameters,
+            profiles=profiles,
         )
 
     def _ownership(self, index: int | None) -> tuple[FloatArray, FloatArray]:

@@ -326,6 +326,80 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             code="torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm={norm})  # between backward() and step()",
             reference=_PASCANU,
         ),
+        "orthogonal-recurrent": _Remedy(
+            reason="An orthogonal recurrent matrix has spectral radius 1: it keeps the length of what it passes on.",
+            code=(
+                "with torch.no_grad():\n"
+                "    for rnn in model.modules():\n"
+                "        if isinstance(rnn, (torch.nn.RNNBase, torch.nn.RNNCellBase)):\n"
+                "            for name, weight in rnn.named_parameters():\n"
+                '                if name.startswith("weight_hh"):\n'
+                "                    for gate in weight.split(rnn.hidden_size):\n"
+                "                        torch.nn.init.orthogonal_(gate)"
+            ),
+            reference="Saxe, McClelland, Ganguli (2014), Exact solutions to deep linear networks, arXiv 1312.6120",
+        ),
+        "forget-bias": _Remedy(
+            reason="A forget gate that starts at sigmoid(1) = 0.73, not at 0.5, keeps the cell for twice the steps.",
+            code=(
+                "with torch.no_grad():  # torch adds two biases, and orders the gates i, f, g, o\n"
+                "    for rnn in model.modules():\n"
+                "        if isinstance(rnn, (torch.nn.LSTM, torch.nn.LSTMCell)):\n"
+                "            for name, bias in rnn.named_parameters():\n"
+                '                if name.startswith("bias"):\n'
+                '                    bias.chunk(4)[1].fill_(float("_ih" in name))'
+            ),
+            reference=(
+                "Jozefowicz, Zaremba, Sutskever (2015), An Empirical Exploration of Recurrent Network Architectures, "
+                "ICML; Gers, Schmidhuber, Cummins (2000), Learning to Forget"
+            ),
+        ),
+        "chrono-bias": _Remedy(
+            reason="Gate biases of ln U(1, T - 1) give the units memories of every length up to T steps.",
+            code=(
+                "steps = {steps}  # to remember over\n"
+                "with torch.no_grad():\n"
+                "    for rnn in model.modules():\n"
+                "        if isinstance(rnn, (torch.nn.LSTM, torch.nn.GRU, torch.nn.LSTMCell, torch.nn.GRUCell)):\n"
+                "            is_lstm = isinstance(rnn, (torch.nn.LSTM, torch.nn.LSTMCell))\n"
+                "            for name, bias in rnn.named_parameters():\n"
+                '                if name.startswith("bias"):\n'
+                "                    bias.zero_()\n"
+                '                if name.startswith("bias_ih"):\n'
+                "                    first, keep = bias.chunk(4 if is_lstm else 3)[:2]\n"
+                "                    keep.uniform_(1, steps - 1).log_()\n"
+                "                    if is_lstm:\n"
+                "                        first.copy_(-keep)"
+            ),
+            reference="Tallec, Ollivier (2018), Can recurrent neural networks warp time?, ICLR, arXiv 1804.11188",
+        ),
+        "gated-cell": _Remedy(
+            reason="The state of a GRU or an LSTM is kept by a gate, not multiplied by a matrix at every step.",
+            code=(
+                "for parent in list(model.modules()):\n"
+                "    for name, child in list(parent.named_children()):\n"
+                "        if isinstance(child, torch.nn.RNN):\n"
+                "            gru = torch.nn.GRU(\n"
+                "                child.input_size,\n"
+                "                child.hidden_size,\n"
+                "                child.num_layers,\n"
+                "                batch_first=child.batch_first,\n"
+                "                bidirectional=child.bidirectional,\n"
+                "            )\n"
+                "            setattr(parent, name, gru)"
+            ),
+            reference="Cho et al. (2014), Learning Phrase Representations using RNN Encoder-Decoder, arXiv 1406.1078",
+        ),
+        "truncated-bptt": _Remedy(
+            reason="Cutting a long sequence into parts bounds over how many steps a gradient can grow.",
+            code=(
+                "def detached(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:\n"
+                "    return tuple(part.detach() for part in state)\n"
+                "\n"
+                "# between two parts of a sequence: output, state = rnn(part, detached(state))"
+            ),
+            reference="Williams, Peng (1990), An efficient gradient-based algorithm, Neural Computation 2(4)",
+        ),
         "restore-checkpoint": _Remedy(
             reason="A NaN weight never heals: go back to weights and optimizer state that are finite.",
             code='model.load_state_dict(checkpoint["model"])\noptimizer.load_state_dict(checkpoint["optimizer"])',
@@ -351,6 +425,9 @@ _CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG103", None): ("clip-norm", "lower-learning-rate", "warm-up"),
         ("GG104", Cause.LOSS): ("remove-detach", "differentiable-op"),
         ("GG104", None): ("remove-detach", "differentiable-op", "freeze-module"),
+        ("GG111", Cause.GATES): ("chrono-bias", "forget-bias", "orthogonal-recurrent"),
+        ("GG111", None): ("orthogonal-recurrent", "gated-cell", "chrono-bias"),
+        ("GG112", None): ("orthogonal-recurrent", "clip-norm", "gated-cell", "truncated-bptt"),
         ("GG201", None): ("input-check", "standardize-input"),
         ("GG202", Cause.LOSS): ("logits-loss", "safe-op"),
         ("GG202", Cause.PRECISION): ("bfloat16", "safe-op"),
@@ -457,6 +534,13 @@ def _names(finding: Finding) -> tuple[str, ...]:
         names = ("freeze",) if kind.value == "unused" else ("remove-detach", "freeze-module")
     if not finding.layer:
         names = tuple(name for name in names if name != "freeze-module")
+    gate = finding.evidence.get("mean_gate")
+    if gate is not None and "forget" not in gate.note:  # a GRU has none
+        names = tuple(name for name in names if name != "forget-bias")
+    if gate is not None:
+        names = tuple(name for name in names if name != "gated-cell")
+    elif finding.code == "GG111" and "derivative" in finding.evidence:  # a plain RNN has no gates to open
+        names = tuple(name for name in names if name != "chrono-bias")
     if _activation(finding) in _ZERO_CENTRED:
         names = tuple("xavier-initialization" if name == "he-initialization" else name for name in names)
     return names
@@ -472,6 +556,7 @@ def _fill(name: str, finding: Finding) -> Prescription:
         "activation": _activation(finding) if name in {"relu", "layer-norm", "batch-norm"} else "ReLU",
         "factor": f"{factor:.2g}",
         "norm": f"{_usual_norm(finding):.3g}",
+        "steps": f"{_time_steps(finding)}",
     }
     return Prescription(
         remedy=name,
@@ -488,11 +573,19 @@ def _arguments(name: str, finding: Finding, factor: float) -> dict[str, Any]:
         return {"factor": factor}
     if name == "clip-norm":
         return {"max_norm": 1.0}
+    if name == "chrono-bias":
+        return {"steps": _time_steps(finding)}
     if name == "relu":
         return {"activation": _activation(finding)}
     if name in {"freeze", "add-to-optimizer"}:
         return {"parameters": finding.layers}
     return {}
+
+
+def _time_steps(finding: Finding) -> int:
+    """Return the time steps that were looked at, 100 where that is not known; at least 3, for ln U(1, T - 1)."""
+    known = finding.evidence.get("time_steps")
+    return max(3, int(known.value)) if known is not None else 100
 
 
 def _usual_norm(finding: Finding) -> float:

@@ -45,6 +45,24 @@ Layer statistics (one number per module and observation; the calls of a module t
 ``gradient_calls``          Number of those calls whose output received a gradient.
 ==========================  ==========================================================================================
 
+Statistics of recurrent modules (further layer columns, present only in records in which one was followed through time;
+NaN for other modules). They are of a slice of at most 4 sequences and 256 steps, replayed with the weights before the
+update, and of the gradient of the last reading alone: the last step of a sequence whose output receives gradient. It is
+looked at where it reaches the module's input.
+
+=======================  =============================================================================================
+``temporal_span``        Decades between the eighth of the steps farthest from the last reading and the nearest eighth;
+                         negative where the gradient vanishes on its way back through time.
+``temporal_factor``      Factor per step back (Theil-Sen); 1 keeps its size.
+``temporal_horizon``     Steps back after which a decade is lost; inf where that happens at none of the steps.
+``temporal_steps``       Steps looked at. A bidirectional net is judged over half of its sequence.
+``temporal_reach``       How far back the loss reads outputs, as a share of the steps: 0 where it reads the last one
+                         only (sequence to one), near 1 where it reads all (a loss per step, a mean, attention).
+``gate_mean``            Mean forget gate (LSTM) or update gate (GRU: the share of the state that is kept), 0..1; NaN
+                         for a plain RNN.
+``temporal_derivative``  Root mean square of the activation's derivative, plain RNN; NaN for others.
+=======================  =============================================================================================
+
 Parameter statistics (one number per parameter and observation):
 
 ======================  ================================================================================================
@@ -97,6 +115,7 @@ from numpy.typing import NDArray
 __all__ = [
     "LAYER_STATISTICS",
     "PARAMETER_STATISTICS",
+    "TEMPORAL_STATISTICS",
     "FloatArray",
     "LayerTable",
     "NonFiniteOrigin",
@@ -104,6 +123,7 @@ __all__ = [
     "ParameterTable",
     "RunInfo",
     "StepRecord",
+    "TemporalProfile",
     "TensorRange",
 ]
 
@@ -131,6 +151,16 @@ LAYER_STATISTICS = (
     "attention_logit_max",
     "calls",
     "gradient_calls",
+)
+
+TEMPORAL_STATISTICS = (
+    "temporal_span",
+    "temporal_factor",
+    "temporal_horizon",
+    "temporal_steps",
+    "temporal_reach",
+    "gate_mean",
+    "temporal_derivative",
 )
 
 PARAMETER_STATISTICS = (
@@ -266,6 +296,30 @@ class RunInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TemporalProfile:
+    """The gradient at the time steps of a recurrent module, for drawing; at most 64 points.
+
+    Arrays of shape ``[points]``, over the sequences of the slice, unscaled. A bidirectional module's directions are
+    joined, each in its own time.
+
+    Attributes:
+        distance: Steps back from the last reading, from 0.
+        injected: L2 norm of the gradient that the loss puts in at that step's output.
+        hidden: L2 norm of the loss gradient at the hidden states, over all layers.
+        cell: The same at the cell states; NaN without cells.
+        input: The same at the module's input.
+        memory: Gradient of the last reading alone at the input, for a reading of length 1 per sequence.
+    """
+
+    distance: FloatArray
+    injected: FloatArray
+    hidden: FloatArray
+    cell: FloatArray
+    input: FloatArray
+    memory: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """One observation: everything read around one optimizer step.
 
@@ -278,6 +332,7 @@ class StepRecord:
         layer_values: Per statistic an array of shape ``[len(layers)]``.
         parameters: Names of the parameter rows.
         parameter_values: Per statistic an array of shape ``[len(parameters)]``.
+        profiles: Gradients through time by module; a history keeps only the newest.
     """
 
     step: int
@@ -288,6 +343,7 @@ class StepRecord:
     layer_values: Mapping[str, FloatArray] = field(default_factory=dict)
     parameters: ParameterTable = field(default_factory=ParameterTable)
     parameter_values: Mapping[str, FloatArray] = field(default_factory=dict)
+    profiles: Mapping[str, TemporalProfile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind, table, values in (

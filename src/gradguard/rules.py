@@ -112,14 +112,14 @@ _CATALOGUE = (
         "No gradient arrives at a trainable parameter",
         "two consecutive observations, three for a module that takes no part; one before the first step",
     ),
-    _planned(
+    _rule(
         "GG111",
         "temporal-vanishing",
         "temporal_vanishing",
         "The gradient dies on its way back through time",
-        "one observation of a recurrent module over eight time steps or more",
+        "a recurrent module over eight time steps or more; a run needs 100 steps and a loss that does not fall",
     ),
-    _planned(
+    _rule(
         "GG112",
         "temporal-exploding",
         "temporal_exploding",

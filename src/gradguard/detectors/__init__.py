@@ -27,6 +27,7 @@ from gradguard.detectors.non_finite import find_non_finite
 from gradguard.detectors.precision import find_loss_scale_collapse, find_lost_updates, find_underflow
 from gradguard.detectors.saturated_units import find_saturated_units
 from gradguard.detectors.spike import find_spike
+from gradguard.detectors.temporal import find_temporal
 from gradguard.findings import Finding
 from gradguard.history import History
 
@@ -49,6 +50,7 @@ __all__ = [
     "find_poor_initialization",
     "find_saturated_units",
     "find_spike",
+    "find_temporal",
     "find_underflow",
     "find_update_rms_spike",
     "run_detectors",
@@ -65,6 +67,7 @@ class Detector(Protocol):
 
 DEFAULT_DETECTORS: tuple[Detector, ...] = (
     find_non_finite,
+    find_temporal,
     find_depth,
     find_missing_gradients,
     find_dead_units,
