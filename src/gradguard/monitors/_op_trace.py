@@ -266,14 +266,7 @@ class OpTrace(TorchFunctionMode):
             if not given and not changed:
                 return
             index = len(self.records)
-            partial = set()
-            for tensor in changed:
-                self._writers[_storage(tensor)] = index
-                known = self._known.get(id(tensor))
-                if known is not None and known[0]() is tensor and known[2].partial:
-                    partial.add(id(tensor))
-                    record.before = known[2]
-                    record.operands = [operand for operand in record.operands if operand is not known[2]]
+            partial = {id(tensor) for tensor in changed if self._note_write(record, tensor, index)}
             for tensor in [*given, *(t for t in changed if all(t is not g for g in given))]:
                 if name in _NAMES_OF_UNSET:
                     unset = Measured(0.0, 0.0, 0.0, True, tensor.numel(), tensor.dtype, partial=True)
@@ -290,6 +283,16 @@ class OpTrace(TorchFunctionMode):
             self.records.append(record)
         except Exception as error:  # noqa: BLE001  # as above
             self._fail(error)
+
+    def _note_write(self, record: OpRecord, tensor: Tensor, index: int) -> bool:
+        """Note which operation wrote to a tensor; return whether it began as uninitialised memory."""
+        self._writers[_storage(tensor)] = index
+        known = self._known.get(id(tensor))
+        if known is None or known[0]() is not tensor or not known[2].partial:
+            return False
+        record.before = known[2]
+        record.operands = [operand for operand in record.operands if operand is not known[2]]
+        return True
 
     def _inherit(self, taken: list[Tensor], tensor: Tensor) -> bool:
         """Take over the range of the tensor that this one shows whole, as after ``view`` or ``transpose``."""
