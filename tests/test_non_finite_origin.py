@@ -108,7 +108,7 @@ def masked_by_addition(h: Tensor) -> Tensor:
 def into_slices(h: Tensor) -> Tensor:
     """Write to parts of a tensor."""
     out = torch.empty_like(h)
-    out[:, :4] = h[:, :4]
+    out[:, :4] = h[:, :4]  # the other half still holds whatever the memory held
     out[:, 4:] = h[:, 4:].log()
     return out
 
@@ -148,6 +148,23 @@ def test_the_forward_operation_is_named_with_module_line_and_operands(
     assert (origin.module, origin.inside) == ("op", True)
     assert origin.place.startswith("test_non_finite_origin.py:")
     assert low is None or origin.operands[0].low == pytest.approx(low) or origin.operands[-1].low == pytest.approx(low)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_uninitialised_memory_is_no_origin(first: bool) -> None:
+    """A tensor that is written in two parts: what the memory held before is nobody's; the ill part is."""
+
+    def in_parts(h: Tensor) -> Tensor:
+        out = torch.empty_like(h)
+        out[:, :4] = h[:, :4].log() if first else h[:, :4]
+        out[:, 4:] = h[:, 4:] if first else h[:, 4:].log()
+        return out
+
+    torch.use_deterministic_algorithms(True)  # which fills such memory with NaN
+    try:
+        assert found(net(in_parts)).op == "Tensor.log"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_mask_is_named_beside_the_softmax_that_cannot_bear_it() -> None:

@@ -201,7 +201,7 @@ class Guard:
     def find_non_finite(self, *, steps: int = 100) -> None:
         """Search for the operation that makes NaN or infinity, from the next forward pass on, until one is found.
 
-        It stands in :meth:`diagnose` then, and in ``history.origins``. Five steps are searched anyway after an alarm.
+        It stands in :meth:`diagnose` and ``history.origins`` then. Five steps are searched anyway after an alarm.
 
         Args:
             steps: Optimizer steps to search at most, at least 1 (else ``ValueError``); each is slower meanwhile.
@@ -425,8 +425,7 @@ class Guard:
 
     def _tick(self) -> float:
         now = time.perf_counter()
-        if self._first_s is None:
-            self._first_s = now
+        self._first_s = now if self._first_s is None else self._first_s
         return now
 
     def _tock(self, started: float) -> None:

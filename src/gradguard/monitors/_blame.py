@@ -79,6 +79,8 @@ def _culprit(index: int, record: OpRecord, known: Sequence[_Culprit | None]) -> 
         return None
     nan = any(m.nan for m in record.results)
     bad = [m for m in record.operands if not m.finite]
+    if not bad and record.before is not None and not record.before.finite:
+        bad = [record.before]
     if not bad:
         on_purpose = not record.operands or any(not math.isfinite(scalar) for scalar in record.scalars)
         return _Culprit(index=index, deliberate=on_purpose and all(m.masked for m in record.results if not m.finite))

@@ -89,6 +89,7 @@ class OpRecord:
         first_node: Sequence number of its first graph node.
         end_node: Sequence number after its last.
         inside: Whether it ran inside the model's forward pass.
+        before: What it wrote to, where that was uninitialised memory in parts: an operand only where no other is ill.
     """
 
     func: Callable[..., Any]
@@ -100,6 +101,7 @@ class OpRecord:
     results: list[Measured] = field(default_factory=list)
     first_node: int = 0
     end_node: int = 0
+    before: Measured | None = None
 
 
 class OpTrace(TorchFunctionMode):
@@ -264,19 +266,33 @@ class OpTrace(TorchFunctionMode):
             if not given and not changed:
                 return
             index = len(self.records)
-            for tensor in changed:
-                self._writers[_storage(tensor)] = index
+            partial = {id(tensor) for tensor in changed if self._note_write(record, tensor, index)}
             for tensor in [*given, *(t for t in changed if all(t is not g for g in given))]:
-                if name in _NAMES_OF_UNSET or self._inherit(taken, tensor):
+                if name in _NAMES_OF_UNSET:
+                    unset = Measured(0.0, 0.0, 0.0, True, tensor.numel(), tensor.dtype, partial=True)
+                    self._known[id(tensor)] = weakref.ref(tensor), _version(tensor), unset
+                    continue
+                if self._inherit(taken, tensor):
                     continue
                 measured = self._ranges.take(tensor)
                 if measured is not None:
                     measured.source, measured.kind = index, "op"
+                    measured.partial = id(tensor) in partial
                     record.results.append(measured)
                     self._known[id(tensor)] = weakref.ref(tensor), _version(tensor), measured
             self.records.append(record)
         except Exception as error:  # noqa: BLE001  # as above
             self._fail(error)
+
+    def _note_write(self, record: OpRecord, tensor: Tensor, index: int) -> bool:
+        """Note which operation wrote to a tensor; return whether it began as uninitialised memory."""
+        self._writers[_storage(tensor)] = index
+        known = self._known.get(id(tensor))
+        if known is None or known[0]() is not tensor or not known[2].partial:
+            return False
+        record.before = known[2]
+        record.operands = [operand for operand in record.operands if operand is not known[2]]
+        return True
 
     def _inherit(self, taken: list[Tensor], tensor: Tensor) -> bool:
         """Take over the range of the tensor that this one shows whole, as after ``view`` or ``transpose``."""

@@ -41,6 +41,7 @@ class Measured:
         kind: ``"op"``, ``"parameter"``, ``"buffer"``, ``"input"`` (an argument of the model), ``"data"`` (another
             tensor without a graph) or ``"unseen"`` (made by code that no mode sees, as a custom autograd function).
         name: Name of a parameter or buffer, or of the graph node that made an unseen tensor.
+        partial: Whether it began as uninitialised memory, of which parts may not have been written yet.
     """
 
     total: float
@@ -52,6 +53,7 @@ class Measured:
     source: int = -1
     kind: str = "data"
     name: str = ""
+    partial: bool = False
 
     @property
     def finite(self) -> bool:
