@@ -269,7 +269,7 @@ def test_model_and_record_copy_and_pickle(name: str) -> None:
 def test_modes_buffers_hooks_and_gradients_are_left_alone(name: str) -> None:
     """Train and eval modes, batch statistics, ``.grad`` and hooks are as before."""
     model, optimizer = trained(CASES[name][0])
-    next(model.children()).eval()
+    list(model.children())[-1].eval()
     modes = {id(module): module.training for module in model.modules()}
     buffers = {key: value.clone() for key, value in model.named_buffers()}
     gradients = {id(p): p.grad for p in model.parameters()}
