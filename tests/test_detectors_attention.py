@@ -104,7 +104,9 @@ def test_healthy_attention_gives_nothing(
 
 def test_a_collapse_while_the_loss_falls_is_a_remark() -> None:
     """What learns is not interrupted."""
-    run = attention_run(lambda s: 0.9 if s < 5 else 0.02, lambda s: 2.0 if s < 5 else 150.0, losses=falling(51))
+    run = attention_run(
+        lambda s: 0.9 if s < 5 else 0.02, lambda s: 2.0 if s < 5 else 150.0, losses=falling(51, end=1.5)
+    )
 
     assert {severity for _, severity in found(run)} == {Severity.INFO}
 
@@ -145,6 +147,7 @@ def test_logits_that_recede_or_were_large_from_the_start_have_not_grown() -> Non
     """A burst that is over, and an offset that a mask adds."""
     assert found(attention_run(lambda _: 0.5, [1, 200, 300, 200, 20, 5, 4], losses=flat(51))) == []
     assert found(attention_run(lambda _: 0.5, lambda s: 400.0 + s, losses=flat(51))) == []
+    assert found(attention_run(lambda _: 0.5, lambda s: 80.0 + 2.0 * s, losses=flat(51))) == []
 
 
 def test_a_collapse_explains_what_comes_of_it_and_follows_from_growth_and_rate() -> None:

@@ -114,7 +114,7 @@ def find_logit_growth(history: History, config: GuardConfig) -> Sequence[Finding
         begins: BoolArray = values > max(config.attention_logit, _GROWN * first)
         holds: BoolArray = values > config.attention_logit / _HYSTERESIS
         found = _episode(history, values, int(row), begins, holds, config)
-        if found is not None and not found.initial and found.episode.standing:
+        if found is not None and found.episode.standing:
             ill.append(found)
     return [_growth(history, config, ill)] if ill else []
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +60,7 @@ class AttentionMonitor:
         self._model = model
         self._on_failure = on_failure
         self._any_mode = any_mode
-        self._handles: dict[int, tuple[RemovableHandle, ...]] = {}
+        self._handles: dict[int, tuple[nn.Module, RemovableHandle, RemovableHandle]] = {}
         self._fired: set[int] = set()
         self._mode = _Watch(self)
         self._inside: list[tuple[str, nn.Module]] = []
@@ -92,23 +92,28 @@ class AttentionMonitor:
         """Read the attention that runs in a module, until :meth:`disarm`."""
         if self._active and id(module) not in self._handles:
             self._handles[id(module)] = (
+                module,
                 module.register_forward_pre_hook(Hook(self, AttentionMonitor._enter, name)),
                 module.register_forward_hook(Hook(self, AttentionMonitor._leave), always_call=True),
             )
 
-    def disarm(self, *, ran: bool = False) -> None:
+    def disarm(self, *, ran: bool = False, fired: Collection[int] = ()) -> None:
         """Remove the hooks.
 
         Args:
-            ran: Whether a step ran under them. Hooks that did not fire in it then stay, until :meth:`disarm` is called
-                without: their modules are unused, or compiled with the hooks in place.
+            ran: Whether a step ran under them. Hooks of modules in which nothing fired then stay, until :meth:`disarm`
+                is called without: such modules are unused, or compiled with the hooks in place.
+            fired: Ids of modules on which hooks of others fired.
         """
         self._active = False
         if not self._unwind():
             return
-        for key in [key for key in self._handles if key in self._fired or not ran]:
-            for handle in self._handles.pop(key):
-                handle.remove()
+        seen = self._fired.union(fired)
+        for key, (module, *handles) in list(self._handles.items()):
+            if not ran or any(id(child) in seen for child in module.modules()):
+                del self._handles[key]
+                for handle in handles:
+                    handle.remove()
 
     def place(self, rows: list[Row]) -> list[Row]:
         """Return the rows with what was read, and with rows of their own for modules that had none.
