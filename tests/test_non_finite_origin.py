@@ -426,7 +426,7 @@ def test_an_exception_in_the_forward_pass_closes_the_mode_at_once() -> None:
     """Nothing of the search goes on in a notebook where a cell has failed."""
 
     def broken(h: Tensor) -> Tensor:
-        assert modes() == 1
+        assert modes() > 0
         raise RuntimeError("broken on purpose")
 
     model = net(broken)

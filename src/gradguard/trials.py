@@ -78,13 +78,12 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     Example:
         >>> import torch, gradguard
         >>> _ = torch.manual_seed(0)
-        >>> layers = [m for _ in range(12) for m in (torch.nn.Linear(16, 16), torch.nn.Sigmoid())]
-        >>> model = torch.nn.Sequential(*layers, torch.nn.Linear(16, 1))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
         >>> x = torch.randn(64, 16)
         >>> loss = lambda model, x: (model(x) - x.sum(dim=1, keepdim=True)).square().mean()
-        >>> result = gradguard.trial(model, [x], loss, lambda m: torch.optim.Adam(m.parameters(), lr=1e-2))
-        >>> result.best is not None and result.best.effect.gain > 0.0
-        True
+        >>> sgd = lambda model: torch.optim.SGD(model.parameters(), lr=1e-7)
+        >>> gradguard.trial(model, [x], loss, sgd, candidates=["higher-learning-rate"]).best.remedy
+        'higher-learning-rate'
     """
     started = time.perf_counter()
     _check_numbers(run_steps=run_steps, steps=steps, seconds=seconds)

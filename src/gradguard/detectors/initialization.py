@@ -11,7 +11,7 @@ import numpy as np
 from gradguard.config import GuardConfig
 from gradguard.detectors._attribution import weight_deviations, wished_deviation
 from gradguard.detectors._culprit import explain_depth
-from gradguard.detectors._depth import theil_sen_gain, trunk, weight_layers
+from gradguard.detectors._depth import power, theil_sen_gain, trunk, weight_layers
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._numbers import column, finite_median, signal
 from gradguard.detectors.depth import observed_spans
@@ -95,14 +95,16 @@ def _message(gain: float, layers: int, evidence: dict[str, Evidence]) -> str:
 
 def _evidence(record: StepRecord, layers: list[int], gain: float, activation: str) -> dict[str, Evidence]:
     forward = column(record, "forward_rms")
-    passed = [forward[after] / forward[before] for before, after in itertools.pairwise(layers) if forward[before] > 0.0]
+    logs = np.log10(np.where((forward > 0.0) & np.isfinite(forward), forward, np.nan))
+    changes = np.array([logs[after] - logs[before] for before, after in itertools.pairwise(layers)])
+    changes = changes[np.isfinite(changes)]
     evidence = {
         "gain_per_layer": Evidence(value=gain, unit="ratio", note="gradient towards the input; 1 keeps its size"),
         "layers": Evidence(value=len(layers), unit="layers"),
     }
-    usable = np.array([ratio for ratio in passed if np.isfinite(ratio)])
-    if usable.size:
-        evidence["forward_gain"] = Evidence(value=float(np.median(usable)), unit="ratio", note="output over output")
+    if changes.size:
+        passed = power(float(np.median(changes)))
+        evidence["forward_gain"] = Evidence(value=passed, unit="ratio", note="output over output")
     deviations = weight_deviations(record)
     deviation = finite_median(np.array([deviations.get(record.layers.names[row], math.nan) for row in layers]))
     wanted = wished_deviation(activation) if activation else math.nan

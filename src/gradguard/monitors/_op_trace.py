@@ -338,11 +338,11 @@ def _place(frame: Any) -> tuple[bool, str]:
         if frame is None:
             break
         file = frame.f_code.co_filename
-        if file.startswith(_QUIET):
+        if file.startswith(_QUIET) and frame.f_code.co_name != "__torch_function__":  # another mode passes a call on
             return True, ""
         if file.startswith(_TORCH_MODULES):
             break
-        if not file.startswith(_TORCH):
+        if not file.startswith((_TORCH, *_QUIET)):
             return False, f"{os.path.basename(file)}:{frame.f_lineno}"  # noqa: PTH119  # once per operation, it must be quick
         frame = frame.f_back
     return False, ""

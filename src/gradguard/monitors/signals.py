@@ -128,7 +128,7 @@ class SignalMonitor:
         with the hook in place, and then removing it would make torch compile again.
         """
         self._active = False
-        self.attention.disarm(ran=self._ran, fired=self._fired)
+        self.attention.disarm(ran=self._ran, fired={module for module, _ in self._fired})
         self._hooks.close()
         for key in [key for key in self._taps if key in self._fired or not self._ran]:
             self._taps.pop(key).remove()

@@ -54,7 +54,7 @@ def apply(
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> applied = gradguard.apply("he-initialization", model)
         >>> print(applied.changes[0])
-        weight of 0: ...
+        0: weight of std 0.5 (gain 1.41 for relu), bias 0
         >>> _ = applied.undo()
     """
     name = prescription.remedy if isinstance(prescription, Prescription) else prescription
