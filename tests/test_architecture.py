@@ -23,6 +23,7 @@ TORCH_FREE = {
     "errors",
     "findings",
     "history",
+    "origins",
     "outcomes",
     "prescriptions",
     "records",

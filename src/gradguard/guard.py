@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import time
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from gradguard._alerts import Alerts, is_main_process, missing_reason, warn_of_failure
+from gradguard._alerts import Alerts, is_main_process, missing_reason
 from gradguard._cadence import Cadence, FixedCadence
 from gradguard._closures import wrap_closure
+from gradguard._containment import Containment
+from gradguard._registry import enrol, strike
 from gradguard.errors import GradGuardWarning, UnsupportedModelError
 from gradguard.findings import Diagnosis, Finding
 from gradguard.monitors._hooks import HookSet, StepHook
@@ -29,23 +30,13 @@ if TYPE_CHECKING:
     from gradguard.config import GuardConfig
     from gradguard.history import History
 
-__all__ = ["Guard", "guard_of"]
-
-_GUARDS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Guard]] = weakref.WeakKeyDictionary()
-"""The one registry of watched models. Weak on both sides: it keeps nothing alive."""
+__all__ = ["Guard"]
 
 _ATTEMPTS = 20
 """Backward passes under a loss scaler after which to judge first, then at twice as many. Ours: GG213 needs 20."""
 
 _WAITING_LOSSES = 4096
 """Losses kept until the optimizer they belong to has stepped."""
-
-
-def guard_of(model: nn.Module) -> Guard | None:
-    """Return the guard that is attached to a model, if there is one."""
-    known = _GUARDS.get(model)
-    guard = known() if known is not None else None
-    return guard if guard is not None and guard.attached else None
 
 
 class Guard:
@@ -75,7 +66,10 @@ class Guard:
         self._model = model
         self._optimizers = tuple(optimizers)
         count = max(1, len(self._optimizers))
-        self._observing = Observing(model, self._optimizers, config, on_failure=self._on_monitor_failure, scaler=scaler)
+        self._safely = Containment(self, config.on_error)
+        self._observing = Observing(
+            model, self._optimizers, config, on_failure=self._safely.monitor_failed, scaler=scaler
+        )
         self._cadences: list[Cadence] = [
             FixedCadence(every=config.every, dense=config.dense_steps) if cadence is None else cadence()
             for _ in range(count)
@@ -94,7 +88,7 @@ class Guard:
         for index, optimizer in enumerate(self._optimizers):
             self._hooks.add(optimizer.register_step_post_hook(StepHook(self, Guard._after_step, index)))
         self._arm_if_due()
-        _GUARDS[model] = weakref.ref(self)
+        enrol(model, self)
 
     @property
     def history(self) -> History:
@@ -157,6 +151,10 @@ class Guard:
         self._observing.search.listen()
         self._arm_if_due()
 
+    def note(self, what: str, why: str) -> bool:
+        """Note that something could not be observed; return whether that is news. See ``Diagnosis.unobserved``."""
+        return self._observing.note(what, why)
+
     def disarm(self) -> None:
         """Take the hooks off the model until :meth:`rearm`, as for a validation pass; what was gathered is kept."""
         self._observing.mute()
@@ -191,7 +189,7 @@ class Guard:
         self._observing.search.pause(loss)
         if loss is not None:
             self._note_loss(loss, name)
-        if self._armed() and self._guarded("reading gradients", self._observing.read, before_clipping=True) is False:
+        if self._armed() and self._safely.run("reading gradients", self._observing.read, before_clipping=True) is False:
             self._explain_missing("record() found no gradients")
         self._tock(started)
         if self._batches >= self._judge_at:  # a scaler that skips every step completes none, and nothing would be said
@@ -264,7 +262,7 @@ class Guard:
         self._step_hooks.close()
         self._observing.drain_losses()
         self._observing.close()
-        _GUARDS.pop(self._model, None)
+        strike(self._model)
 
     def __enter__(self) -> Self:
         return self
@@ -307,7 +305,7 @@ class Guard:
         value = self._observing.losses.note(loss, step=self._steps[0], optimizer=0)
         known = isinstance(loss, torch.Tensor) and loss.device.type == "cpu"  # elsewhere asking would stop the device
         if known and not math.isfinite(value):
-            self._guarded("looking at the batch", self._observing.search_batch, self._steps[0])
+            self._safely.run("looking at the batch", self._observing.search_batch, self._steps[0])
         if known and self._observing.losses.is_alarming(value):
             self._cadences[0].look_closer(self._steps[0])
 
@@ -340,10 +338,10 @@ class Guard:
         if self._skipped or not self._cadences[index].due(self._steps[index]):
             return
         if not self._observing.has_read:
-            if self._guarded("reading gradients", self._observing.read, before_clipping=False) is False:
+            if self._safely.run("reading gradients", self._observing.read, before_clipping=False) is False:
                 self._explain_missing("the optimizer stepped without gradients")
         else:
-            self._guarded("reading gradients at the step", self._observing.read_at_step, index)
+            self._safely.run("reading gradients at the step", self._observing.read_at_step, index)
 
     def _after_step(self, index: int, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if self.attached:
@@ -361,7 +359,7 @@ class Guard:
         self._batches = max(self._batches, self._steps[index])
         record = None
         if due:
-            record = self._guarded("finishing an observation", self._finish, index, step, started)
+            record = self._safely.run("finishing an observation", self._finish, index, step, started)
         elif armed:
             self._observing.discard()
         if armed or self._armed():
@@ -378,13 +376,13 @@ class Guard:
     def _announce(self, step: int) -> None:
         """Tell the user about findings that began with this observation."""
         started = self._tick()
-        self._findings = self._guarded("judging", self._observing.findings) or ()
+        self._findings = self._safely.run("judging", self._observing.findings) or ()
         news = self._alerts.news(self._findings, step)
         if news:
             for cadence in self._cadences:
                 cadence.look_closer(step)
             self._arm_if_due()
-            self._guarded("starting the search for NaN", self._observing.search_after, news)
+            self._safely.run("starting the search for NaN", self._observing.search_after, news)
         self._tock(started)
         for finding in news:
             self._alerts.tell(finding)
@@ -394,34 +392,6 @@ class Guard:
         why = missing_reason(backward_seen=signals.backward_seen, evaluating=bool(signals.eval_calls))
         if self._observing.note(what, why):
             warnings.warn(f"gradguard: {what}: {why}", GradGuardWarning, stacklevel=4)
-
-    def _guarded(self, what: str, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run something of ours so that no failure of it reaches the user's loop."""
-        try:
-            with torch.no_grad():
-                return action(*args, **kwargs)
-        except Exception as error:
-            if self.config.on_error == "raise":
-                error.add_note(f"while gradguard was {what}, at step {self._steps[0]}")
-                raise
-            self._on_failure(what, error)
-            return None
-
-    def _on_monitor_failure(self, place: str, error: BaseException) -> None:
-        """A monitor has failed and switched itself off; the others go on."""
-        if self.config.on_error == "raise":
-            raise error
-        why = f"{place} failed with {type(error).__name__}: {error}"
-        what = "attention logits" if place.startswith("reading the attention") else "layer signals"
-        if self._observing.note(what, f"{why}; the monitor has switched itself off"):
-            warn_of_failure(why, f"{what.capitalize()} are no longer observed")
-
-    def _on_failure(self, place: str, error: BaseException) -> None:
-        """Something other than a monitor has failed: the guard goes off."""
-        why = f"{place} failed with {type(error).__name__}: {error}"
-        if self._observing.note("gradguard itself", f"{why}; it has switched itself off, training goes on"):
-            warn_of_failure(why, "The guard has switched itself off")
-        self.detach()
 
     def _tick(self) -> float:
         now = time.perf_counter()

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradguard._run_info import describe_run
 from gradguard.detectors import DEFAULT_DETECTORS, Detector, run_detectors
 from gradguard.diagnosis import diagnose, link_findings
 from gradguard.findings import Diagnosis, Finding, Unobserved
 from gradguard.history import History
 from gradguard.monitors import GradientMonitor, LossMonitor, NonFiniteMonitor, SignalMonitor, TemporalMonitor
 from gradguard.monitors._reduce import Handle, Norm, Readback
-from gradguard.monitors.gradients import find_parameters, total_norm
+from gradguard.monitors.gradients import total_norm
 from gradguard.monitors.loss_scale import ScaledLossMonitor
 from gradguard.prescriptions import prescribe
-from gradguard.records import FloatArray, OptimizerInfo, RunInfo, StepRecord
+from gradguard.records import FloatArray, RunInfo, StepRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from gradguard.config import GuardConfig
 
-__all__ = ["Observing", "optimizer_info"]
+__all__ = ["Observing"]
 
 _SEARCHED_STEPS = 5
 """Steps searched after an alarm. Ours: what stays non-finite shows at the first; a few more for what comes and goes."""
@@ -384,32 +385,10 @@ class Observing:
         }
 
     def _run_info(self, *, preflight: bool) -> RunInfo:
-        parameters = [named.parameter for named in find_parameters(self._model)]
-        linear = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
-        return RunInfo(
-            model=type(self._model).__name__,
-            parameter_count=sum(p.numel() for p in parameters if p.requires_grad),
-            optimizers=tuple(
-                optimizer_info(optimizer, label)
-                for optimizer, label in zip(self._optimizers, self.labels, strict=False)
-            ),
-            preflight=preflight,
-            expects_updates=not preflight,
-            classes=linear[-1].out_features if linear and self.losses.cross_entropy else 0,
-            clip_norm=self.clip_norm,
-            **self._scaling(),
+        info = describe_run(self._model, self._optimizers, self.labels, cross_entropy=bool(self.losses.cross_entropy))
+        return replace(
+            info, preflight=preflight, expects_updates=not preflight, clip_norm=self.clip_norm, **self._scaling()
         )
-
-
-def optimizer_info(optimizer: Optimizer, label: str = "") -> OptimizerInfo:
-    """Return what the rules need to know of an optimizer; one with ``betas`` or ``eps`` counts as adaptive."""
-    epsilon = optimizer.defaults.get("eps")
-    return OptimizerInfo(
-        name=type(optimizer).__name__,
-        label=label,
-        adaptive="betas" in optimizer.defaults or "eps" in optimizer.defaults,
-        epsilon=float(epsilon) if isinstance(epsilon, (int, float)) else math.nan,
-    )
 
 
 def _grad_of(parameter: nn.Parameter) -> Tensor | None:

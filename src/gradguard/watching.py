@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradguard._arguments import check_model, check_optimizers
+from gradguard._registry import guard_of
 from gradguard.config import GuardConfig
 from gradguard.errors import UnsupportedModelError
-from gradguard.guard import Guard, guard_of
+from gradguard.guard import Guard
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,8 +6,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from gradguard._arguments import check_optimizers
+from gradguard._registry import guard_of
 from gradguard.errors import GradGuardError
-from gradguard.guard import guard_of
 
 if TYPE_CHECKING:
     from torch import nn
