@@ -1,25 +1,16 @@
-"""Prescriptions: for each finding and cause the cures to try, best first, as data. Nothing here acts.
-
-Each comes with a reason, lines of plain PyTorch to paste, and a source. The lines use ``model``, ``optimizer`` and the
-names of a usual training loop. Nobody has tried them yet: ``effect`` is ``None`` until a trial measures it.
-"""
+"""The remedies in words: why, what to paste, and where it comes from."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
-from gradguard.findings import Cause, Diagnosis, Finding, Prescription, Severity
-
-__all__ = ["plain_prescription", "prescribe", "prescriptions_for", "with_factor"]
+__all__ = ["REMEDIES", "RemedyText"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Remedy:
+class RemedyText:
     """A remedy's texts; names in braces (layer, parameter, activation, factor) are filled in from the finding."""
 
     reason: str
@@ -44,9 +35,9 @@ _LECUN = "LeCun, Bottou, Orr, Mueller (1998), Efficient BackProp, section 4.3"
 _QK_NORM = "Dehghani et al. (2023), Scaling Vision Transformers to 22 Billion Parameters, ICML, arXiv 2302.05442"
 _ENTROPY = "Zhai et al. (2023), Preventing Attention Entropy Collapse, ICML, arXiv 2303.06296"
 
-_REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
+REMEDIES: Mapping[str, RemedyText] = MappingProxyType(
     {
-        "he-initialization": _Remedy(
+        "he-initialization": RemedyText(
             reason="Weights of variance 2/fan_in keep the size of signal and gradient from layer to layer under ReLU.",
             code=(
                 "nn = torch.nn\n"
@@ -59,7 +50,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_HE,
         ),
-        "xavier-initialization": _Remedy(
+        "xavier-initialization": RemedyText(
             reason=(
                 "Weights of variance 2/(fan_in + fan_out) keep tanh units in their linear range and the "
                 "gradient's size."
@@ -75,7 +66,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_GLOROT,
         ),
-        "layer-norm": _Remedy(
+        "layer-norm": RemedyText(
             reason=(
                 "LayerNorm before each activation sets the scale anew at every layer, so that no loss of size "
                 "is passed on."
@@ -90,7 +81,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_LAYER_NORM,
         ),
-        "batch-norm": _Remedy(
+        "batch-norm": RemedyText(
             reason=(
                 "BatchNorm before each activation centres and scales every unit over the batch, where the slope "
                 "is largest."
@@ -105,7 +96,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_BATCH_NORM,
         ),
-        "residual": _Remedy(
+        "residual": RemedyText(
             reason="An identity path around each block carries the gradient past what shrinks or amplifies it.",
             code=(
                 "class Residual(torch.nn.Module):\n"
@@ -118,7 +109,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_RESNET,
         ),
-        "relu": _Remedy(
+        "relu": RemedyText(
             reason="The derivative of ReLU is 1 where it is on; with He initialization the gradient keeps its size.",
             code=(
                 "for parent in list(model.modules()):\n"
@@ -131,7 +122,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_HE,
         ),
-        "leaky-relu": _Remedy(
+        "leaky-relu": RemedyText(
             reason="A small slope on the negative side lets a gradient through, so that units can come back.",
             code=(
                 "for parent in list(model.modules()):\n"
@@ -141,24 +132,24 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference="Maas, Hannun, Ng (2013), Rectifier Nonlinearities Improve Neural Network Acoustic Models, ICML",
         ),
-        "clip-norm": _Remedy(
+        "clip-norm": RemedyText(
             reason="Clipping the gradient's norm bounds what one step can do; it treats the effect, not the cause.",
             code="torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # between backward() and step()",
             reference=_PASCANU,
         ),
-        "lower-learning-rate": _Remedy(
+        "lower-learning-rate": RemedyText(
             reason="Steps that are small against the weights let the loss fall instead of throwing them about.",
             code='for group in optimizer.param_groups:\n    group["lr"] *= {factor}',
             reference=_RATIO,
         ),
-        "higher-learning-rate": _Remedy(
+        "higher-learning-rate": RemedyText(
             reason=(
                 "Weights that move by a millionth of themselves per step need a million steps; aim at a ratio of 1e-3."
             ),
             code='for group in optimizer.param_groups:\n    group["lr"] *= {factor}',
             reference=_RATIO,
         ),
-        "warm-up": _Remedy(
+        "warm-up": RemedyText(
             reason=(
                 "The first steps do most of the damage: curvature is largest and Adam's averages are least "
                 "reliable there."
@@ -169,12 +160,12 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_WARM_UP,
         ),
-        "set-learning-rate": _Remedy(
+        "set-learning-rate": RemedyText(
             reason="A group with learning rate 0 never moves; check the schedule that sets it, too.",
             code='for group in optimizer.param_groups:\n    group["lr"] = group["lr"] or 1e-3',
             reference="PyTorch documentation, torch.optim, Per-parameter options",
         ),
-        "add-to-optimizer": _Remedy(
+        "add-to-optimizer": RemedyText(
             reason="Parameters made after the optimizer, or left out of it, get gradients that nobody applies.",
             code=(
                 'held = {{id(p) for group in optimizer.param_groups for p in group["params"]}}\n'
@@ -183,7 +174,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference="PyTorch documentation, torch.optim.Optimizer.add_param_group",
         ),
-        "freeze": _Remedy(
+        "freeze": RemedyText(
             reason=(
                 "What is not meant to learn is better frozen on purpose: everyone sees it, and its backward "
                 "pass is saved."
@@ -191,12 +182,12 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             code='model.get_parameter("{parameter}").requires_grad_(False)',
             reference=_AUTOGRAD,
         ),
-        "freeze-module": _Remedy(
+        "freeze-module": RemedyText(
             reason="If the cut is meant, freezing what lies behind it says so, and saves its backward pass.",
             code='model.get_submodule("{layer}").requires_grad_(False)',
             reference=_AUTOGRAD,
         ),
-        "remove-detach": _Remedy(
+        "remove-detach": RemedyText(
             reason=(
                 "Somewhere between {layer} and the loss .detach(), .item(), .data or torch.no_grad() drops the graph."
             ),
@@ -206,24 +197,24 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_AUTOGRAD,
         ),
-        "differentiable-op": _Remedy(
+        "differentiable-op": RemedyText(
             reason=(
                 "Rounding, sign, argmax and comparisons have derivative zero; pass the gradient straight through them."
             ),
             code="hard = soft.round()\ny = soft + (hard - soft).detach()  # forward: hard, backward: soft",
             reference="Bengio, Leonard, Courville (2013), Estimating or Propagating Gradients, arXiv 1308.3432",
         ),
-        "input-check": _Remedy(
+        "input-check": RemedyText(
             reason="Non-finite data must be found where they are loaded; one bad example ruins every weight.",
             code='assert torch.isfinite(batch).all(), "non-finite values in the batch"',
             reference="PyTorch documentation, torch.isfinite",
         ),
-        "standardize-input": _Remedy(
+        "standardize-input": RemedyText(
             reason="Inputs of mean 0 and standard deviation 1 keep the first layers where their derivative is large.",
             code="batch = (batch - batch.mean(0)) / batch.std(0).clamp_min(1e-6)",
             reference=_LECUN,
         ),
-        "safe-op": _Remedy(
+        "safe-op": RemedyText(
             reason="log, division, sqrt and their like need an argument kept away from the edge, inside the function.",
             code=(
                 "y = torch.log(x.clamp_min(1e-8))  # and torch.sqrt(x + 1e-12), a / (b + 1e-8), x.clamp(-1 + "
@@ -231,12 +222,12 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_AUTOGRAD + ", Gradients for non-differentiable functions",
         ),
-        "logits-loss": _Remedy(
+        "logits-loss": RemedyText(
             reason="A loss that takes logits computes log and exp together, where neither over- nor underflows.",
             code="loss = torch.nn.functional.cross_entropy(logits, target)  # logits: no softmax before it",
             reference="PyTorch documentation, torch.nn.functional.cross_entropy",
         ),
-        "anomaly-mode": _Remedy(
+        "anomaly-mode": RemedyText(
             reason=(
                 "Anomaly mode names the line of the forward pass whose derivative is NaN; for one step only, it "
                 "is slow."
@@ -244,7 +235,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             code="with torch.autograd.detect_anomaly():\n    compute_loss(model, batch).backward()",
             reference="PyTorch documentation, torch.autograd.detect_anomaly",
         ),
-        "bfloat16": _Remedy(
+        "bfloat16": RemedyText(
             reason="bfloat16 has the range of float32, so that numbers above 65504 stay finite.",
             code=(
                 "with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16):\n"
@@ -252,7 +243,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference="PyTorch documentation, Automatic Mixed Precision",
         ),
-        "loss-scaler": _Remedy(
+        "loss-scaler": RemedyText(
             reason="Multiplying the loss lifts each gradient over the edge of float16; dividing restores it exactly.",
             code=(
                 "scaler = torch.amp.GradScaler(next(model.parameters()).device.type)  # once\n"
@@ -262,7 +253,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_MIXED,
         ),
-        "float32-weights": _Remedy(
+        "float32-weights": RemedyText(
             reason="Weights in float32 keep updates that half precision rounds away; autocast still computes in half.",
             code=(
                 "model.float()  # before the optimizer is made\n"
@@ -271,12 +262,12 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_MIXED,
         ),
-        "smaller-epsilon": _Remedy(
+        "smaller-epsilon": RemedyText(
             reason="An eps below the size of any gradient of this model lets the optimizer set its steps again.",
             code='for group in optimizer.param_groups:\n    group["eps"] = 1e-15',
             reference="Wortsman et al. (2024), Small-scale proxies for large Transformers, arXiv 2309.14322",
         ),
-        "qk-norm": _Remedy(
+        "qk-norm": RemedyText(
             reason="Queries and keys of unit size bound the logits, whatever the weights become.",
             code=(
                 "norm = torch.nn.functional.layer_norm  # or nn.RMSNorm with a learned scale\n"
@@ -285,7 +276,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_QK_NORM,
         ),
-        "scale-attention": _Remedy(
+        "scale-attention": RemedyText(
             reason="Over the root of the head's size, products of queries and keys have the variance of one factor.",
             code=(
                 "# in forward of {layer}:\n"
@@ -294,7 +285,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference="Vaswani et al. (2017), Attention Is All You Need, NeurIPS, section 3.2.1, arXiv 1706.03762",
         ),
-        "small-query-key": _Remedy(
+        "small-query-key": RemedyText(
             reason="Logits go with the product of two weights: usual ones start with attention spread over all keys.",
             code=(
                 "attention = dict(model.named_modules()).get({layer!r}, model)\n"
@@ -305,7 +296,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_GLOROT,
         ),
-        "sigma-reparam": _Remedy(
+        "sigma-reparam": RemedyText(
             reason="A spectral norm of 1 times a learned scale keeps queries and keys from growing without bound.",
             code=(
                 "spectral_norm = torch.nn.utils.parametrizations.spectral_norm\n"
@@ -316,17 +307,17 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference=_ENTROPY,
         ),
-        "lower-beta2": _Remedy(
+        "lower-beta2": RemedyText(
             reason="With a shorter memory the running mean of squares follows a growing gradient sooner.",
             code='for group in optimizer.param_groups:\n    group["betas"] = (group.get("betas", (0.9,))[0], 0.95)',
             reference="Wortsman et al. (2023), Stable and low-precision training, NeurIPS, arXiv 2304.13013",
         ),
-        "raise-clip-norm": _Remedy(
+        "raise-clip-norm": RemedyText(
             reason="A threshold of twice the usual norm cuts spikes only, and leaves the learning rate its meaning.",
             code="torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm={norm})  # between backward() and step()",
             reference=_PASCANU,
         ),
-        "orthogonal-recurrent": _Remedy(
+        "orthogonal-recurrent": RemedyText(
             reason="An orthogonal recurrent matrix has spectral radius 1: it keeps the length of what it passes on.",
             code=(
                 "with torch.no_grad():\n"
@@ -339,7 +330,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference="Saxe, McClelland, Ganguli (2014), Exact solutions to deep linear networks, arXiv 1312.6120",
         ),
-        "forget-bias": _Remedy(
+        "forget-bias": RemedyText(
             reason="A forget gate that starts at sigmoid(1) = 0.73, not at 0.5, keeps the cell for twice the steps.",
             code=(
                 "with torch.no_grad():  # torch adds two biases, and orders the gates i, f, g, o\n"
@@ -354,7 +345,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
                 "ICML; Gers, Schmidhuber, Cummins (2000), Learning to Forget"
             ),
         ),
-        "chrono-bias": _Remedy(
+        "chrono-bias": RemedyText(
             reason="Gate biases of ln U(1, T - 1) give the units memories of every length up to T steps.",
             code=(
                 "steps = {steps}  # to remember over\n"
@@ -373,7 +364,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference="Tallec, Ollivier (2018), Can recurrent neural networks warp time?, ICLR, arXiv 1804.11188",
         ),
-        "gated-cell": _Remedy(
+        "gated-cell": RemedyText(
             reason="The state of a GRU or an LSTM is kept by a gate, not multiplied by a matrix at every step.",
             code=(
                 "for parent in list(model.modules()):\n"
@@ -390,7 +381,7 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference="Cho et al. (2014), Learning Phrase Representations using RNN Encoder-Decoder, arXiv 1406.1078",
         ),
-        "truncated-bptt": _Remedy(
+        "truncated-bptt": RemedyText(
             reason="Cutting a long sequence into parts bounds over how many steps a gradient can grow.",
             code=(
                 "def detached(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:\n"
@@ -400,213 +391,10 @@ _REMEDIES: Mapping[str, _Remedy] = MappingProxyType(
             ),
             reference="Williams, Peng (1990), An efficient gradient-based algorithm, Neural Computation 2(4)",
         ),
-        "restore-checkpoint": _Remedy(
+        "restore-checkpoint": RemedyText(
             reason="A NaN weight never heals: go back to weights and optimizer state that are finite.",
             code='model.load_state_dict(checkpoint["model"])\noptimizer.load_state_dict(checkpoint["optimizer"])',
             reference="PyTorch tutorials, Saving and Loading Models",
         ),
     }
 )
-
-_DEPTH_DEFAULT = ("layer-norm", "he-initialization", "residual")
-_RATE = ("lower-learning-rate", "warm-up", "clip-norm")
-
-_CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
-    {
-        ("GG101", Cause.ACTIVATION_DERIVATIVE): ("batch-norm", "relu", "layer-norm", "residual"),
-        ("GG101", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "batch-norm", "residual"),
-        ("GG101", Cause.SATURATION): ("standardize-input", "xavier-initialization", "layer-norm", "relu"),
-        ("GG101", Cause.DEAD_UNITS): ("he-initialization", "batch-norm", "leaky-relu", "lower-learning-rate"),
-        ("GG101", None): _DEPTH_DEFAULT,
-        ("GG102", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "clip-norm"),
-        ("GG102", Cause.NORMALIZATION): ("residual", "layer-norm", "clip-norm"),
-        ("GG102", None): (*_DEPTH_DEFAULT, "clip-norm"),
-        ("GG103", Cause.DATA): ("clip-norm", "input-check", "restore-checkpoint"),
-        ("GG103", None): ("clip-norm", "lower-learning-rate", "warm-up"),
-        ("GG104", Cause.LOSS): ("remove-detach", "differentiable-op"),
-        ("GG104", None): ("remove-detach", "differentiable-op", "freeze-module"),
-        ("GG111", Cause.GATES): ("chrono-bias", "forget-bias", "orthogonal-recurrent"),
-        ("GG111", None): ("orthogonal-recurrent", "gated-cell", "chrono-bias"),
-        ("GG112", None): ("orthogonal-recurrent", "clip-norm", "gated-cell", "truncated-bptt"),
-        ("GG201", None): ("input-check", "standardize-input"),
-        ("GG202", Cause.LOSS): ("logits-loss", "safe-op"),
-        ("GG202", Cause.PRECISION): ("bfloat16", "safe-op"),
-        ("GG202", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "lower-learning-rate"),
-        ("GG202", Cause.LEARNING_RATE): _RATE,
-        ("GG202", None): ("safe-op", "logits-loss"),
-        ("GG203", Cause.LOSS): ("logits-loss", "safe-op", "anomaly-mode"),
-        ("GG203", Cause.LEARNING_RATE): _RATE,
-        ("GG203", None): ("safe-op", "anomaly-mode"),
-        ("GG204", Cause.LEARNING_RATE): (*_RATE, "restore-checkpoint"),
-        ("GG204", None): ("restore-checkpoint", "clip-norm"),
-        ("GG211", None): ("loss-scaler", "bfloat16"),
-        ("GG212", None): ("float32-weights", "higher-learning-rate"),
-        ("GG213", None): ("bfloat16", "safe-op", "lower-learning-rate"),
-        ("GG301", Cause.LEARNING_RATE): ("lower-learning-rate", "warm-up", "he-initialization", "leaky-relu"),
-        ("GG301", Cause.DATA): ("standardize-input", "batch-norm", "leaky-relu"),
-        ("GG301", None): ("he-initialization", "batch-norm", "leaky-relu"),
-        ("GG302", Cause.DATA): ("standardize-input", "layer-norm", "relu"),
-        ("GG302", None): ("xavier-initialization", "layer-norm", "relu"),
-        ("GG403", None): ("he-initialization", "layer-norm", "residual"),
-        ("GG501", None): _RATE,
-        ("GG502", None): ("higher-learning-rate",),
-        ("GG503", Cause.WIRING): ("add-to-optimizer", "freeze"),
-        ("GG503", Cause.LEARNING_RATE): ("set-learning-rate", "freeze"),
-        ("GG503", None): ("higher-learning-rate",),
-        ("GG504", None): ("smaller-epsilon",),
-        ("GG505", None): ("lower-learning-rate", "clip-norm", "warm-up", "restore-checkpoint"),
-        ("GG601", None): ("raise-clip-norm",),
-        ("GG602", None): ("raise-clip-norm",),
-        ("GG701", Cause.WEIGHT_SCALE): ("scale-attention", "small-query-key", "qk-norm"),
-        ("GG701", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
-        ("GG702", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
-        ("GG703", None): ("lower-beta2", "clip-norm"),
-    }
-)
-"""Remedies by rule and cause, best first; ``None`` stands for any other cause.
-Source: order by the measurements of algorithms.md, sections D and K (BatchNorm repairs a 20-layer sigmoid net, no
-initialization does); among equals the least invasive first."""
-
-_RATE_FACTORS = (1e-4, 0.5, 2.0, 1e4)
-"""Smallest and largest factor by which to lower, and to raise, a learning rate at once. Ours."""
-
-_ZERO_CENTRED = frozenset({"Tanh", "Softsign", "Hardtanh"})
-"""Activations for which Xavier, not He, is the initialization that keeps the variance. Source: Glorot and Bengio
-(2010)."""
-
-
-def prescribe(diagnosis: Diagnosis) -> Diagnosis:
-    """Return the diagnosis with prescriptions for every standing finding that no other explains.
-
-    What follows from another finding goes away with it, and what has cleared needs no cure: they get none.
-
-    Args:
-        diagnosis: A verdict without prescriptions.
-    """
-    return replace(
-        diagnosis, findings=tuple(replace(f, prescriptions=prescriptions_for(f)) for f in diagnosis.findings)
-    )
-
-
-def prescriptions_for(finding: Finding) -> tuple[Prescription, ...]:
-    """Return the cures to try for one finding, best first; empty for what has cleared or follows from another.
-
-    Args:
-        finding: A finding with its cause and evidence.
-    """
-    if not finding.standing or finding.consequence_of is not None:
-        return ()
-    return tuple(_fill(name, finding) for name in _names(finding))
-
-
-def plain_prescription(name: str) -> Prescription:
-    """Return a cure by name, without a finding that asks for it.
-
-    Args:
-        name: Name of the remedy, for instance ``"layer-norm"``.
-
-    Raises:
-        ValueError: If there is no such remedy.
-    """
-    if name not in _REMEDIES:
-        near = get_close_matches(name, _REMEDIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no remedy {name!r}{hint} Known: {', '.join(sorted(_REMEDIES))}")
-    nothing = Finding(code="", name="", family="", severity=Severity.INFO, message="", step=0, last_step=0)
-    return _fill(name, nothing)
-
-
-def with_factor(prescription: Prescription, factor: float) -> Prescription:
-    """Return a prescription of another learning rate with another factor, in its arguments and in its code.
-
-    Args:
-        prescription: ``"lower-learning-rate"`` or ``"higher-learning-rate"``.
-        factor: Above 0.
-    """
-    code = _REMEDIES[prescription.remedy].code.format(factor=f"{factor:.2g}")
-    return replace(prescription, arguments={**prescription.arguments, "factor": factor}, code=code)
-
-
-def _names(finding: Finding) -> tuple[str, ...]:
-    kind = finding.evidence.get("kind")
-    names = _CURES.get((finding.code, finding.cause), _CURES.get((finding.code, None), ()))
-    if finding.code == "GG104" and kind is not None:
-        names = ("freeze",) if kind.value == "unused" else ("remove-detach", "freeze-module")
-    if not finding.layer:
-        names = tuple(name for name in names if name != "freeze-module")
-    gate = finding.evidence.get("mean_gate")
-    if gate is not None and "forget" not in gate.note:  # a GRU has none
-        names = tuple(name for name in names if name != "forget-bias")
-    if gate is not None:
-        names = tuple(name for name in names if name != "gated-cell")
-    elif finding.code == "GG111" and "derivative" in finding.evidence:  # a plain RNN has no gates to open
-        names = tuple(name for name in names if name != "chrono-bias")
-    if _activation(finding) in _ZERO_CENTRED:
-        names = tuple("xavier-initialization" if name == "he-initialization" else name for name in names)
-    return names
-
-
-def _fill(name: str, finding: Finding) -> Prescription:
-    remedy = _REMEDIES[name]
-    factor = _factor(name, finding)
-    parameter = next(iter(finding.layers), "")
-    values = {
-        "layer": finding.layer or "the model's output",
-        "parameter": parameter,
-        "activation": _activation(finding) if name in {"relu", "layer-norm", "batch-norm"} else "ReLU",
-        "factor": f"{factor:.2g}",
-        "norm": f"{_usual_norm(finding):.3g}",
-        "steps": f"{_time_steps(finding)}",
-    }
-    return Prescription(
-        remedy=name,
-        reason=remedy.reason.format(**values),
-        code=remedy.code.format(**values),
-        reference=remedy.reference,
-        arguments=_arguments(name, finding, factor),
-    )
-
-
-def _arguments(name: str, finding: Finding, factor: float) -> dict[str, Any]:
-    """Return the arguments with which the remedy could be applied by itself."""
-    if name in {"lower-learning-rate", "higher-learning-rate"}:
-        return {"factor": factor}
-    if name == "clip-norm":
-        return {"max_norm": 1.0}
-    if name == "chrono-bias":
-        return {"steps": _time_steps(finding)}
-    if name == "relu":
-        return {"activation": _activation(finding)}
-    if name in {"freeze", "add-to-optimizer"}:
-        return {"parameters": finding.layers}
-    return {}
-
-
-def _time_steps(finding: Finding) -> int:
-    """Return the time steps that were looked at, 100 where that is not known; at least 3, for ln U(1, T - 1)."""
-    known = finding.evidence.get("time_steps")
-    return max(3, int(known.value)) if known is not None else 100
-
-
-def _usual_norm(finding: Finding) -> float:
-    """Return twice the usual norm of the gradient, 1 where it is not known."""
-    known = finding.evidence.get("usual_norm", finding.evidence.get("largest_norm"))
-    return 2.0 * float(known.value) if known is not None else 1.0
-
-
-def _activation(finding: Finding) -> str:
-    """Return the class name of the activation concerned, ReLU where it is not known."""
-    evidence = finding.evidence.get("activation")
-    return str(evidence.value) if evidence is not None else "ReLU"
-
-
-def _factor(name: str, finding: Finding) -> float:
-    """Return the factor for the learning rate that would bring the update ratio near 1e-3, within bounds."""
-    low, less, more, high = _RATE_FACTORS
-    ratio = finding.evidence.get("update_ratio")
-    known = ratio is not None and isinstance(ratio.value, float) and math.isfinite(ratio.value) and ratio.value > 0.0
-    if name == "higher-learning-rate":
-        wanted = 1e-3 / float(ratio.value) if ratio is not None and known else 10.0
-        return min(high, max(more, wanted))
-    wanted = 1e-3 / float(ratio.value) if ratio is not None and known else 0.1
-    return max(low, min(less, wanted))

@@ -1,0 +1,69 @@
+"""Which remedies to try against what, best first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from gradguard.findings import Cause
+
+__all__ = ["CURES"]
+
+_DEPTH_DEFAULT = ("layer-norm", "he-initialization", "residual")
+_RATE = ("lower-learning-rate", "warm-up", "clip-norm")
+
+CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
+    {
+        ("GG101", Cause.ACTIVATION_DERIVATIVE): ("batch-norm", "relu", "layer-norm", "residual"),
+        ("GG101", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "batch-norm", "residual"),
+        ("GG101", Cause.SATURATION): ("standardize-input", "xavier-initialization", "layer-norm", "relu"),
+        ("GG101", Cause.DEAD_UNITS): ("he-initialization", "batch-norm", "leaky-relu", "lower-learning-rate"),
+        ("GG101", None): _DEPTH_DEFAULT,
+        ("GG102", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "clip-norm"),
+        ("GG102", Cause.NORMALIZATION): ("residual", "layer-norm", "clip-norm"),
+        ("GG102", None): (*_DEPTH_DEFAULT, "clip-norm"),
+        ("GG103", Cause.DATA): ("clip-norm", "input-check", "restore-checkpoint"),
+        ("GG103", None): ("clip-norm", "lower-learning-rate", "warm-up"),
+        ("GG104", Cause.LOSS): ("remove-detach", "differentiable-op"),
+        ("GG104", None): ("remove-detach", "differentiable-op", "freeze-module"),
+        ("GG111", Cause.GATES): ("chrono-bias", "forget-bias", "orthogonal-recurrent"),
+        ("GG111", None): ("orthogonal-recurrent", "gated-cell", "chrono-bias"),
+        ("GG112", None): ("orthogonal-recurrent", "clip-norm", "gated-cell", "truncated-bptt"),
+        ("GG201", None): ("input-check", "standardize-input"),
+        ("GG202", Cause.LOSS): ("logits-loss", "safe-op"),
+        ("GG202", Cause.PRECISION): ("bfloat16", "safe-op"),
+        ("GG202", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "lower-learning-rate"),
+        ("GG202", Cause.LEARNING_RATE): _RATE,
+        ("GG202", None): ("safe-op", "logits-loss"),
+        ("GG203", Cause.LOSS): ("logits-loss", "safe-op", "anomaly-mode"),
+        ("GG203", Cause.LEARNING_RATE): _RATE,
+        ("GG203", None): ("safe-op", "anomaly-mode"),
+        ("GG204", Cause.LEARNING_RATE): (*_RATE, "restore-checkpoint"),
+        ("GG204", None): ("restore-checkpoint", "clip-norm"),
+        ("GG211", None): ("loss-scaler", "bfloat16"),
+        ("GG212", None): ("float32-weights", "higher-learning-rate"),
+        ("GG213", None): ("bfloat16", "safe-op", "lower-learning-rate"),
+        ("GG301", Cause.LEARNING_RATE): ("lower-learning-rate", "warm-up", "he-initialization", "leaky-relu"),
+        ("GG301", Cause.DATA): ("standardize-input", "batch-norm", "leaky-relu"),
+        ("GG301", None): ("he-initialization", "batch-norm", "leaky-relu"),
+        ("GG302", Cause.DATA): ("standardize-input", "layer-norm", "relu"),
+        ("GG302", None): ("xavier-initialization", "layer-norm", "relu"),
+        ("GG403", None): ("he-initialization", "layer-norm", "residual"),
+        ("GG501", None): _RATE,
+        ("GG502", None): ("higher-learning-rate",),
+        ("GG503", Cause.WIRING): ("add-to-optimizer", "freeze"),
+        ("GG503", Cause.LEARNING_RATE): ("set-learning-rate", "freeze"),
+        ("GG503", None): ("higher-learning-rate",),
+        ("GG504", None): ("smaller-epsilon",),
+        ("GG505", None): ("lower-learning-rate", "clip-norm", "warm-up", "restore-checkpoint"),
+        ("GG601", None): ("raise-clip-norm",),
+        ("GG602", None): ("raise-clip-norm",),
+        ("GG701", Cause.WEIGHT_SCALE): ("scale-attention", "small-query-key", "qk-norm"),
+        ("GG701", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
+        ("GG702", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
+        ("GG703", None): ("lower-beta2", "clip-norm"),
+    }
+)
+"""Remedies by rule and cause, best first; ``None`` stands for any other cause.
+Source: order by the measurements of algorithms.md, sections D and K (BatchNorm repairs a 20-layer sigmoid net, no
+initialization does); among equals the least invasive first."""
