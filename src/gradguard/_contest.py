@@ -33,6 +33,9 @@ _NOTICEABLE = 0.02
 """Share of the untreated loss by which a cure must lower it. Ours: copies that differ by their random numbers alone end
 within 1 %."""
 
+_WORTH_IT = 0.1
+"""The same where nothing is wrong: a working run is not changed for less. Ours."""
+
 _SURE = 2.0
 """Standard errors by which it must. Ours: one in twenty by chance."""
 
@@ -301,7 +304,8 @@ class Contest:
     def _helps(self, entrant: Entrant) -> bool:
         gain, error = self._gain(entrant)
         untreated = self._control_loss()
-        return gain > _SURE * error and (not math.isfinite(untreated) or gain > _NOTICEABLE * abs(untreated))
+        asked = _NOTICEABLE if self._illness else _WORTH_IT
+        return gain > _SURE * error and (not math.isfinite(untreated) or gain > asked * abs(untreated))
 
     def _control_loss(self) -> float:
         return sum(lane.result for lane in self._control) / len(self._control) if self._control else math.nan

@@ -18,6 +18,15 @@ __all__ = ["render_trial"]
 _NAME_MOST = 34
 """Columns that a name takes at most. Ours: the longest of our remedies has 25."""
 
+_APPLY = "gradguard.apply(result.best, model, optimizer=optimizer)"
+"""How to take the winner."""
+
+_FIXED = 12
+"""Columns of the table beside name, loss and outcome."""
+
+_LEAST_OUTCOME = 24
+"""Columns that an outcome needs beside the numbers; with fewer it goes below. Ours: a few words per line."""
+
 _STYLES = {"best": "bold green", "helps": "green", "diverged": "red", "worse": "red"}
 
 
@@ -33,8 +42,8 @@ def render_trial(result: TrialResult, options: ConsoleOptions) -> Iterator[Rende
     rows = [result.control, *result.runs]
     if len(rows) > 1:
         yield join(list(_table(rows, width)))
-    if result.best is not None and result.best.code:
-        yield join(hang([Text(line) for line in result.best.code.splitlines()], "   ", 3))
+    if result.best is not None:
+        yield join(hang(wrap(Text(_APPLY), width - 3), "   ", 3))
     yield join(wrap(Text(_cost(result), "dim"), width))
 
 
@@ -54,7 +63,9 @@ def _table(rows: list[TrialRun], width: int) -> Iterator[Text]:
     losses = [measured(row.loss) if math.isfinite(row.loss) else "-" for row in rows]
     name_width = min(_NAME_MOST, max(cell_len(name) for name in names))
     loss_width = max(4, *(cell_len(loss) for loss in losses))
-    yield Text(f" {'cure':<{name_width}}  {'loss':>{loss_width}}  {'steps':>5}  outcome", "bold")
+    narrow = width - name_width - loss_width - _FIXED < _LEAST_OUTCOME
+    head = Text(f" {'cure':<{name_width}}  {'loss':>{loss_width}}  {'steps':>5}", "bold")
+    yield head if narrow else Text.assemble(head, ("  outcome", "bold"))
     for row, name, loss in zip(rows, names, losses, strict=True):
         steps = f"{row.steps}x{row.seeds}" if row.seeds > 1 else str(row.steps)
         left = Text.assemble(
@@ -63,6 +74,9 @@ def _table(rows: list[TrialRun], width: int) -> Iterator[Text]:
         ill = "; a check still finds something" if row.healthy is False and row.outcome in {"best", "helps"} else ""
         told = f"{row.outcome}{f': {row.why}' if row.why else ''}{ill}"
         indent = cell_len(left.plain)
+        if narrow:
+            yield Text(left.plain.rstrip())
+            left, indent = Text("   "), 3
         yield from hang(wrap(Text(told, _STYLES.get(row.outcome, "")), max(10, width - indent)), left, indent)
 
 

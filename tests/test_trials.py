@@ -1,0 +1,505 @@
+"""Cures tried on copies: the right one wins, the model stays as it was, the cost is bounded and stated."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import Tensor, nn
+
+import gradguard
+from gradguard._contest import Contest, Entrant
+from gradguard._plan import SHARE, make_plan
+from gradguard._race import Batches, Lane, Race, checked_optimizer, paired_gain
+from gradguard.errors import UnsupportedModelError
+from gradguard.findings import Prescription
+from gradguard.outcomes import TrialResult
+from gradguard.remedies import Applied, catalogue
+from gradguard.remedies.catalogue import Remedy, Target
+from tests.models import classification_loss, digit_batch, mlp
+
+Batch = tuple[Tensor, Tensor]
+
+
+def batches(count: int = 40) -> list[Batch]:
+    """Return batches of digits."""
+    return [digit_batch(64, seed=seed) for seed in range(count)]
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    """Return Adam at its usual rate."""
+    return torch.optim.Adam(model.parameters(), lr=1e-3)
+
+
+def sgd(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Return a maker of SGD with momentum."""
+    return lambda model: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def net(depth: int = 4, **options: Any) -> nn.Module:
+    """Return a net that is the same in every test."""
+    torch.manual_seed(0)
+    return mlp(depth, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- winners
+
+
+def test_a_rate_that_is_far_too_low_is_searched_by_decades() -> None:
+    """1e-8 where 1e-2 would do: six decades in a few steps each."""
+    result = gradguard.trial(
+        net(init="he"), batches(), classification_loss, sgd(1e-8), candidates=["higher-learning-rate", "clip-norm"]
+    )
+
+    assert result.best is not None
+    assert result.best.remedy == "higher-learning-rate"
+    assert 1e5 <= result.best.arguments["factor"] <= 1e8
+    assert f"{result.best.arguments['factor']:.2g}" in result.best.code
+    assert result.best.effect is not None
+    assert result.best.effect.loss_after < 0.5 * result.best.effect.loss_before
+
+
+def test_a_rate_that_is_far_too_high_is_lowered() -> None:
+    """The untreated copy diverges; what trains is found all the same."""
+    result = gradguard.trial(
+        net(init="he"), batches(), classification_loss, sgd(30.0), candidates=["lower-learning-rate", "clip-norm"]
+    )
+
+    assert result.best is not None
+    assert result.best.remedy == "lower-learning-rate"
+    assert result.control.why == "diverged"
+    assert math.isinf(result.control.loss)
+
+
+def test_a_stack_that_passes_nothing_on_needs_new_weights_and_not_another_rate() -> None:
+    """Twenty ReLU layers at PyTorch's default under SGD: the weights, not the clipping, not the rate."""
+    names = ["he-initialization", "clip-norm", "lower-learning-rate"]
+    result = gradguard.trial(net(20), batches(), classification_loss, sgd(0.01), candidates=names, steps=30)
+
+    assert result.best is not None
+    assert result.best.remedy == "he-initialization"
+    assert {run.remedy for run in result.runs if run.outcome in {"best", "helps"}} == {"he-initialization"}
+    assert result.runs[0].healthy is True
+
+
+def test_nothing_is_recommended_where_nothing_is_wrong() -> None:
+    """A healthy model costs one check."""
+    result = gradguard.trial(net(init="he"), batches(), classification_loss, adam)
+
+    assert (result.best, result.ranking, result.cost_steps) == (None, (), 0)
+    assert "Nothing is wrong" in result.note
+
+
+def test_nothing_is_recommended_where_nothing_helps() -> None:
+    """Clipping does not change a healthy run by more than chance."""
+    result = gradguard.trial(net(init="he"), batches(), classification_loss, adam, candidates=["clip-norm"], steps=20)
+
+    assert result.best is None
+    assert [run.outcome for run in result.runs] == ["no effect"]
+    assert result.note == "Nothing that was tried helps."
+
+
+# --------------------------------------------------------------------------------------------------------- the contest
+
+
+def scaled(factor: float) -> Callable[[Target], Applied]:
+    """Return a remedy that multiplies the learning rate, whatever it is called."""
+
+    def run(target: Target) -> Applied:
+        assert target.optimizer is not None
+        for group in target.optimizer.param_groups:
+            group["lr"] *= factor
+        return Applied(model=target.model, remedy="test", changes=(), changed=())
+
+    return run
+
+
+def broken(_: Target) -> Applied:
+    """Fail as a remedy may."""
+    raise UnsupportedModelError("this model has no place for it")
+
+
+def contest(entrants: list[tuple[str, int, Callable[[Target], Applied]]], *, lr: float = 1e-6) -> Contest:
+    """Run remedies of the test's own against each other."""
+    model = net(init="he")
+    held = Contest(
+        model, Race(Batches(batches(), 40), classification_loss, base_seed=0), sgd(lr), plan=make_plan(3, steps=20)
+    )
+    held.run(
+        [
+            Entrant(
+                prescription=Prescription(remedy=name, reason=""),
+                remedy=Remedy(name=name, level=level, acts_on="optimizer", run=run),
+            )
+            for name, level, run in entrants
+        ]
+    )
+    return held
+
+
+def test_of_cures_that_do_the_same_the_least_invasive_is_recommended() -> None:
+    """Equal effects, different depths of intervention."""
+    held = contest([("surgery", 4, scaled(1e4)), ("rate", 0, scaled(1e4)), ("weights", 1, scaled(1e4))])
+    best = held.best()
+
+    assert best is not None
+    assert best.remedy == "rate"
+
+
+def test_a_cure_that_does_clearly_more_wins_however_invasive() -> None:
+    """A tenth of the rate is worth less than the whole."""
+    held = contest([("surgery", 4, scaled(1e4)), ("rate", 0, scaled(30.0))])
+    best = held.best()
+
+    assert best is not None
+    assert best.remedy == "surgery"
+
+
+def test_a_remedy_that_fails_is_told_and_stops_nobody() -> None:
+    """It does not fit this model; the others run."""
+    held = contest([("broken", 2, broken), ("rate", 0, scaled(1e4))])
+    outcomes = {run.remedy: (run.outcome, run.why) for run in held.runs()}
+
+    assert outcomes["broken"] == ("not possible", "this model has no place for it")
+    assert outcomes["rate"][0] == "best"
+
+
+def test_a_copy_that_blows_up_is_out() -> None:
+    """A rate of 10^9 times the usual."""
+    outcomes = {
+        run.remedy: run.outcome for run in contest([("wild", 0, scaled(1e12)), ("rate", 0, scaled(1e4))]).runs()
+    }
+
+    assert outcomes == {"rate": "best", "wild": "diverged"}
+
+
+def test_gain_is_paired_by_step_and_infinite_losses_do_not_count_as_gain() -> None:
+    """A control that diverged is taken at its worst finite loss."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    control = Lane("", 0, model, optimizer, losses=[3.0, 2.0, 4.0, math.inf], fault="diverged")
+    treated = Lane("x", 0, model, optimizer, losses=[3.0, 1.0, 1.0, 1.0])
+
+    gain, _ = paired_gain([control], [treated])
+    assert gain == pytest.approx(4.0 - 1.5)
+    assert paired_gain([treated], [control])[0] == -math.inf
+
+
+# ------------------------------------------------------------------------------------------------------------ no traces
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Return everything of a model that a trial might touch."""
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
+    """Check that a model is bit for bit as it was."""
+    after = state_of(model)
+    for kind in ("tensors", "gradients"):
+        assert after[kind].keys() == before[kind].keys()
+        assert all(torch.equal(after[kind][name], before[kind][name]) for name in before[kind])
+    assert (after["modes"], after["hooks"]) == (before["modes"], before["hooks"])
+    assert torch.equal(after["random"], before["random"])
+
+
+def with_gradients() -> nn.Module:
+    """Return a net with dropout, batch norm, gradients and a part in evaluation mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Dropout(0.2), nn.ReLU(), nn.Linear(32, 10))
+    classification_loss(model, digit_batch(16)).backward()
+    model[1].eval()
+    return model
+
+
+def interrupted(calls: int) -> Callable[[nn.Module, Batch], Tensor]:
+    """Return a loss that the user interrupts."""
+    left = iter(range(calls))
+
+    def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return classification_loss(model, batch)
+
+    return compute_loss
+
+
+@pytest.mark.parametrize("calls", [0, 3, 1000], ids=["at once", "in the middle", "never"])
+def test_the_model_is_as_it_was_also_after_an_interrupt(calls: int) -> None:
+    """Weights, buffers, gradients, modes, hooks and random numbers."""
+    model = with_gradients()
+    before = state_of(model)
+    result = gradguard.trial(
+        model, batches(5), interrupted(calls), sgd(1e-6), diagnosis=None if calls else _checked(model), **_OPTIONS
+    )
+
+    assert_untouched(model, before)
+    assert result.interrupted is (calls < 1000)
+
+
+_OPTIONS: dict[str, Any] = {"candidates": ["higher-learning-rate", "he-initialization"], "steps": 6}
+
+
+def _checked(model: nn.Module) -> gradguard.Diagnosis:
+    return gradguard.check(model, digit_batch(16), classification_loss)
+
+
+def test_an_interrupt_keeps_what_was_measured() -> None:
+    """After the untreated copy and part of a candidate there is a table."""
+    result = gradguard.trial(
+        net(init="he"),
+        batches(),
+        interrupted(60),
+        sgd(1e-6),
+        diagnosis=_checked(net(init="he")),
+        candidates=["higher-learning-rate"],
+        steps=20,
+    )
+
+    assert result.interrupted
+    assert result.control.steps == 20
+    assert "interrupted" in printed(result)
+
+
+def test_time_is_a_bound() -> None:
+    """A loss that takes long is stopped."""
+    now = iter(range(10_000))
+    result = gradguard.trial(
+        net(init="he"), batches(), classification_loss, sgd(1e-6), seconds=1e-6, candidates=["clip-norm"]
+    )
+
+    assert result.interrupted
+    assert result.cost_steps < 10
+    assert next(now) == 0
+
+
+def test_the_same_seed_gives_the_same_result() -> None:
+    """Copies have random numbers of their own."""
+    torch.manual_seed(1)
+    first = gradguard.trial(with_gradients(), batches(8), classification_loss, adam, **_OPTIONS)
+    torch.manual_seed(2)
+    second = gradguard.trial(with_gradients(), batches(8), classification_loss, adam, **_OPTIONS)
+
+    assert [run.loss for run in first.runs] == [run.loss for run in second.runs]
+
+
+# -------------------------------------------------------------------------------------------------------------- cost
+
+
+@given(candidates=st.integers(0, 12), run_steps=st.integers(1, 100_000))
+def test_a_trial_takes_a_quarter_of_the_run_or_the_least_there_is(candidates: int, run_steps: int) -> None:
+    """Longer runs get longer trials; rungs ascend."""
+    plan = make_plan(candidates, run_steps=run_steps)
+
+    assert plan.cost(candidates) <= SHARE * run_steps or plan.length == 16
+    assert list(plan.rungs) == sorted(set(plan.rungs))
+    assert len(plan.keep) == len(plan.rungs) - 1
+
+
+def test_the_cost_is_stated_and_within_the_plan() -> None:
+    """In steps, seconds and as a share of the run."""
+    result = gradguard.trial(
+        net(20),
+        batches(),
+        classification_loss,
+        sgd(0.01),
+        run_steps=4000,
+        candidates=["he-initialization", "clip-norm", "adaptive-clip"],
+    )
+
+    assert 0 < result.cost_steps <= 1000
+    assert result.share == result.cost_steps / 4000
+    assert "% of a run of 4000 steps" in printed(result)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def other_optimizer(_: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer of something else."""
+    return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"batches": []}, ValueError, "batches is empty"),
+        ({"batches": torch.zeros(3)}, TypeError, "for one batch pass [batch]"),
+        ({"compute_loss": 3}, TypeError, "compute_loss must be callable, got int"),
+        (
+            {"make_optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])},
+            TypeError,
+            "make_optimizer must be callable",
+        ),
+        ({"make_optimizer": lambda _: 3}, TypeError, "must return a torch.optim.Optimizer, got int"),
+        ({"make_optimizer": other_optimizer}, UnsupportedModelError, "holds no parameter of the copy"),
+        ({"steps": 0}, ValueError, "steps must be above 0, got 0"),
+        ({"run_steps": "many"}, TypeError, "run_steps must be a number or None, got str"),
+        ({"seconds": math.nan}, ValueError, "seconds must be above 0"),
+        ({"candidates": ["layer-morn"]}, ValueError, "did you mean 'layer-norm'"),
+        ({"model": torch.compile(nn.Linear(64, 10), backend="eager")}, UnsupportedModelError, "the model is compiled"),
+    ],
+)
+def test_bad_arguments_get_a_clear_error(changes: dict[str, Any], error: type[Exception], text: str) -> None:
+    """What came, and what to pass instead."""
+    arguments: dict[str, Any] = {
+        "model": net(init="he"),
+        "batches": batches(3),
+        "compute_loss": classification_loss,
+        "make_optimizer": adam,
+        "candidates": ["clip-norm"],
+    }
+    with pytest.raises(error) as caught:
+        gradguard.trial(**(arguments | changes))
+
+    assert text in str(caught.value)
+
+
+def test_a_generator_of_batches_is_read_once() -> None:
+    """Every copy gets the same."""
+    read: list[int] = []
+
+    def loader() -> Iterator[Batch]:
+        for seed in range(100):
+            read.append(seed)
+            yield digit_batch(16, seed=seed)
+
+    gradguard.trial(net(init="he"), loader(), classification_loss, adam, candidates=["clip-norm"], steps=5)
+
+    assert read == [0, 1, 2, 3, 4]
+
+
+def test_copies_that_do_not_fit_into_memory_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With how much it takes and how much there is."""
+    monkeypatch.setattr("gradguard._race._free_memory", lambda _: 1000.0)
+
+    with pytest.raises(UnsupportedModelError, match=r"2 copies of this model .* GiB are free"):
+        gradguard.trial(net(init="he"), batches(3), classification_loss, adam, candidates=["clip-norm"])
+
+
+def test_an_optimizer_must_train_the_copy() -> None:
+    """The function's own checks."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    assert checked_optimizer(optimizer, model) is optimizer
+    with pytest.raises(UnsupportedModelError, match="use its argument"):
+        checked_optimizer(optimizer, copy.deepcopy(model))
+
+
+# ------------------------------------------------------------------------------------------------------------- telling
+
+
+def printed(result: TrialResult, width: int = 80) -> str:
+    """Return what a terminal shows."""
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(result)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_the_table_fits_the_terminal(width: int) -> None:
+    """Every line, and every candidate."""
+    result = gradguard.trial(
+        net(init="he"), batches(), classification_loss, sgd(1e-7), candidates=["higher-learning-rate", "clip-norm"]
+    )
+    text = printed(result, width)
+
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert all(name in text for name in ("untreated", "higher-learning-rate", "clip-norm", "best"))
+    assert json.loads(result.to_json())["best"]["remedy"] == "higher-learning-rate"
+
+
+def test_the_report_of_the_diagnosis_shows_what_was_tried() -> None:
+    """Measured effects stand in its prescriptions, best first."""
+    model = net(20)
+    result = gradguard.trial(
+        model,
+        batches(),
+        classification_loss,
+        sgd(0.01),
+        diagnosis=gradguard.check(model, batches(1)[0], classification_loss),
+    )
+    assert result.diagnosis is not None
+    assert result.diagnosis.primary is not None
+    tried = [cure for cure in result.diagnosis.primary.prescriptions if cure.effect is not None]
+
+    assert tried
+    assert tried[0] == result.best
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(result.diagnosis)
+    assert "tried on a copy" in stream.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------- apply
+
+
+@pytest.mark.parametrize(
+    "name", ["lower-learning-rate", "clip-norm", "adaptive-clip", "smaller-epsilon", "lower-beta2"]
+)
+def test_cures_of_the_optimizer_are_applied_and_undone(name: str) -> None:
+    """Rates, constants and hooks are as before after undo()."""
+    model = net(init="he")
+    optimizer = adam(model)
+    before = copy.deepcopy(optimizer.state_dict()), len(optimizer._optimizer_step_pre_hooks)
+    applied = gradguard.apply(name, model, optimizer=optimizer)
+
+    assert applied.changes
+    assert (optimizer.state_dict(), len(optimizer._optimizer_step_pre_hooks)) != before
+    applied.undo()
+    assert (optimizer.state_dict(), len(optimizer._optimizer_step_pre_hooks)) == before
+
+
+def test_the_winner_is_applied_with_the_factor_that_was_measured() -> None:
+    """One call."""
+    model = net(init="he")
+    result = gradguard.trial(model, batches(), classification_loss, sgd(1e-8), candidates=["higher-learning-rate"])
+    optimizer = sgd(1e-8)(model)
+    assert result.best is not None
+    gradguard.apply(result.best, model, optimizer=optimizer)
+
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-8 * result.best.arguments["factor"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "text"),
+    [
+        ("remove-detach", {}, ValueError, "advice for you to follow"),
+        ("nonsense", {}, ValueError, "Can be: "),
+        (3, {}, TypeError, "must be a Prescription or the name of a remedy, got int"),
+        ("clip-norm", {}, ValueError, "pass optimizer="),
+        ("clip-norm", {"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer or None"),
+    ],
+)
+def test_what_cannot_be_applied_says_so(name: Any, options: dict[str, Any], error: type[Exception], text: str) -> None:
+    """And leaves the model alone."""
+    model = net(init="he")
+    before = state_of(model)
+    with pytest.raises(error) as caught:
+        gradguard.apply(name, model, **options)
+
+    assert text in str(caught.value)
+    assert_untouched(model, before)
+
+
+def test_every_remedy_of_the_catalogue_has_a_level() -> None:
+    """The least invasive of equals is well defined."""
+    found = [catalogue.find(name) for name in catalogue.names()]
+
+    assert all(remedy is not None and 0 <= remedy.level <= 5 for remedy in found)
+    assert catalogue.find("remove-detach") is None
