@@ -171,6 +171,15 @@ def test_weights_that_hardly_move_and_a_loss_that_does_not_fall() -> None:
     )
 
 
+@pytest.mark.parametrize(("ratio", "text"), [(0.0, "the weights not at all"), (10**-5.5, "by 10^-5.5 of their size")])
+def test_a_classifier_that_stays_at_chance_and_hardly_moves(ratio: float, text: str) -> None:
+    """At chance for 100 steps a few millionths are too few, and nothing at all is the rate's fault as well."""
+    finding = only(find_learning_rate(owned(run(), {"update_ratio": ratio}), CONFIG))
+
+    assert finding.code == "GG502"
+    assert text in finding.message
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -180,10 +189,11 @@ def test_weights_that_hardly_move_and_a_loss_that_does_not_fall() -> None:
         lambda: owned(run(), {"update_ratio": dict.fromkeys(range(8), 1e-9)}),
         lambda: owned(run(), {"update_ratio": 1e-9}, at=lambda step: step < 50),
         lambda: owned(run(steps=(0, 1)), {"update_ratio": 1e-9}),
-        lambda: owned(run(), {"update_ratio": 0.0}),
-        lambda: owned(run(), {"update_ratio": 10**-5.9}),
+        lambda: owned(run(), {"update_ratio": 0.0, "lr": 0.0}),
+        lambda: owned(run(classes=0), {"update_ratio": 10**-5.9}),
+        lambda: owned(run(steps=DENSE[:7]), {"update_ratio": 10**-5.9}),
     ],
-    ids=["falls", "converged", "no losses", "top layers learn", "over", "two looks", "nothing moves", "late"],
+    ids=["falls", "converged", "no losses", "top layers learn", "over", "two looks", "rate 0", "late", "at chance yet"],
 )
 def test_small_ratios_that_are_no_illness(build: Callable[[], History]) -> None:
     """Converged runs, discriminative rates, unknown losses: a small ratio alone says nothing."""

@@ -250,9 +250,21 @@ def test_an_output_activation_may_saturate() -> None:
     assert find_saturated_units(changed(history, end_there), CONFIG) == []
 
 
-def test_an_unknown_loss_makes_it_a_mention() -> None:
-    """Without losses nobody can say that it does harm."""
-    assert one_saturated(saturated(tanh(losses=[]), 0.9, 0.1, 3)).severity is Severity.INFO
+@pytest.mark.parametrize(("first", "severity"), [(0, Severity.WARNING), (200, Severity.INFO)])
+def test_an_unknown_loss_makes_it_a_mention_unless_it_began_so(first: int, severity: Severity) -> None:
+    """Without losses nobody can say that it does harm; before any training it is what a check would say."""
+    steps = tuple(range(first, first + 40, 10))
+
+    assert one_saturated(saturated(tanh(losses=[], steps=steps), 0.9, 0.1, 3)).severity is severity
+
+
+@pytest.mark.parametrize(("passed", "found"), [(0.1, False), (0.001, True)])
+def test_a_loss_that_falls_behind_a_layer_that_passes_nothing_excuses_nothing(passed: float, found: bool) -> None:
+    """What falls is the work of the layers behind it."""
+    losses = [2.4 - 0.0006 * step for step in range(101)]
+    history = saturated(tanh(losses=losses, classes=0), 1.0, passed, 3)
+
+    assert bool(find_saturated_units(history, CONFIG)) is found
 
 
 def test_a_check_speaks_after_one_look_with_less_confidence() -> None:

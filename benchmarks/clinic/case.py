@@ -142,12 +142,12 @@ def take_step(job: Job, step: int, record: Record) -> None:
     """Take one ordinary optimizer step: forward, backward, the reading point, clipping, update."""
     (optimizer,) = job.optimizers
     optimizer.zero_grad()
-    total = torch.zeros(())
+    loss = total = torch.zeros(())
     for part in range(job.accumulate):
         loss = job_loss(job, job.batch(step * job.accumulate + part)) / job.accumulate
         (job.scaler.scale(loss) if job.scaler is not None else loss).backward()
         total = total + loss.detach().float()
-    record(total)
+    record(loss if job.accumulate == 1 else total)
     if job.scaler is not None and (job.clip_norm is not None or job.clip_value is not None):
         job.scaler.unscale_(optimizer)
     if job.clip_norm is not None:

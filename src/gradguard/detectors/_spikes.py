@@ -132,23 +132,31 @@ def last_spike(values: FloatArray, config: GuardConfig) -> Spike | None:
 
 
 def leap(values: FloatArray) -> int | None:
-    """Return where a loss that has ceased to be finite leapt, in one step, out of a calm level; ``None`` if it did not.
+    """Return where a loss leapt, in one step, out of a calm level to which it never came back; ``None`` if it did not.
 
-    A leap is a factor of 100 over the median of the eight losses before it, of which the last is calm, within eight
-    steps of the end. A rate that is too high raises a loss step by step; one bad batch does this.
+    A leap is a factor of 100 over the median of the eight losses before it, of which the last is calm. Either the loss
+    has ceased to be finite since, or no later median of three has been near the old level. A rate that is too high
+    raises a loss step by step; one bad batch does this.
 
     Args:
         values: Losses, oldest first, shape ``[losses]``; NaN and infinities allowed.
 
     Source: ours.
     """
-    lost = np.flatnonzero(~np.isfinite(values))
-    if not lost.size:
+    finite = np.isfinite(values)
+    if values.size <= _RECENT or not finite[:_RECENT].all():
         return None
-    for index in range(max(_RECENT, int(lost[0]) - _RECENT), int(lost[0])):
-        usual = float(np.median(values[index - _RECENT : index]))
-        if usual > 0.0 and values[index - 1] <= _CALM * usual and values[index] > _LEAP * usual:
-            return index
+    end = values.size if finite.all() else int(np.argmin(finite))
+    known = values[:end]
+    if known.size <= _RECENT:
+        return None
+    usual = np.median(np.lib.stride_tricks.sliding_window_view(known[:-1], _RECENT), axis=1)
+    before, after = known[_RECENT - 1 : -1], known[_RECENT:]
+    leaps = np.flatnonzero((usual > 0.0) & (before <= _CALM * usual) & (after > _LEAP * usual))
+    for index in leaps[::-1]:
+        position = int(index) + _RECENT
+        if _back(known[position + 1 :], position, 2.0 * float(usual[index])) is None:
+            return position
     return None
 
 

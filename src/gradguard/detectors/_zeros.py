@@ -84,6 +84,8 @@ def zero_pattern(record: StepRecord) -> Zeros:
         return Zeros(owner=ZeroOwner.UNDERFLOW, rows=prefix, border=live[0])
     given = signal(record, at="input_delta")
     losing = next((row for row in span if delta[row] > 0.0 and given[row] == 0.0), live[0])
+    if math.isnan(given[losing]):  # it is given raw data: another branch, and no part of the way to the zeros
+        losing = prefix[-1]
     zero_weighted = _zero_weighted(record)
     owner = ZeroOwner.BRANCH if any(record.layers.names[row] in zero_weighted for row in span) else ZeroOwner.CUT_OFF
     return Zeros(owner=owner, rows=prefix, border=losing)

@@ -17,7 +17,7 @@ from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
 from gradguard.records import FloatArray
 
-__all__ = ["find_learning_rate"]
+__all__ = ["find_learning_rate", "find_too_low"]
 
 _TARGET = 1e-3
 """Update-to-weight ratio to aim for. Source: Karpathy, CS231n notes, "Neural networks part 3"."""
@@ -29,6 +29,13 @@ notes: a ratio above 1e-2 is too fast; the outcome confirms it."""
 _FAST_QUARTER = 0.75
 """Quantile that must lie below ``update_ratio_low``: while a quarter of the matrices move, the rate is not too low.
 Ours: discriminative rates and thawed layers leave most of a healthy net standing still."""
+
+_AT_CHANCE = 10.0
+"""Times ``update_ratio_low`` below which a classifier that has stayed at chance for 100 steps is too slow. Ours:
+healthy nets fall to 10^-5.9 only once they have converged, and at a usual rate a plateau at chance shows 10^-3."""
+
+_LONG_AT_CHANCE = 100
+"""Steps at chance that this takes. Ours."""
 
 _DECAYED = 0.1
 """Share of its peak below which a rate counts as the end of a schedule. Ours."""
@@ -57,7 +64,7 @@ def find_learning_rate(history: History, config: GuardConfig) -> Sequence[Findin
     if not len(history) or history.info.preflight:
         return []
     ratios = matrix_ratios(history)
-    found = [_too_high(history, config, ratios), _too_low(history, config, ratios)]
+    found = [_too_high(history, config, ratios), find_too_low(history, config)]
     return [finding for finding in found if finding is not None]
 
 
@@ -68,13 +75,14 @@ def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Find
     if not (medians > _BLOWN_SHARE * limit).any():
         return None
     losses, loss = history.losses[1], loss_progress(history)
-    blown = bool(losses.size and not np.isfinite(losses[-1])) or not np.isfinite(_last_weights(history)).all()
-    at = leap(losses) if blown else None
+    at = leap(losses)
     if at is not None and judge_losses(losses[:at], classes=history.info.classes).trend is Trend.FALLEN:
         return None  # it learnt at this rate until one bad batch came: GG103
+    blown = bool(losses.size and not np.isfinite(losses[-1])) or not np.isfinite(_last_weights(history)).all()
     if blown and loss_growth(losses) > BLOW_UP:
         limit *= _BLOWN_SHARE
-    episode = last_episode(medians > limit, known=known, patience=1 if blown else config.update_patience)
+    at_once = blown or (loss.stuck and _units_lost(history, config))
+    episode = last_episode(medians > limit, known=known, patience=1 if at_once else config.update_patience)
     if episode is None or not (loss.stuck or blown or (loss.erupted and loss.trend is not Trend.FALLEN)):
         return None
     steps = history.steps.astype(np.int64)
@@ -96,28 +104,52 @@ def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Find
     )
 
 
-def _too_low(history: History, config: GuardConfig, ratios: FloatArray) -> Finding | None:
+def _units_lost(history: History, config: GuardConfig) -> bool:
+    """Whether units that were at work when first observed lie dead or at their ends now: steps may have thrown them."""
+    for names, limit in (
+        (("inactive_fraction", "input_inactive_fraction"), config.dead_fraction_error),
+        (("saturated_fraction",), config.dead_fraction_error),
+    ):
+        for name in names:
+            shares = history.layer(name)
+            lost = (shares[-1] >= limit) & (shares[0] < config.dead_fraction_warning)
+            if lost.any():
+                return True
+    return False
+
+
+def find_too_low(history: History, config: GuardConfig) -> Finding | None:
+    """Find a learning rate that is above 0 and too low; see :func:`find_learning_rate`.
+
+    Args:
+        history: Records of one optimizer, oldest first.
+        config: Thresholds.
+    """
+    loss = loss_progress(history)
+    if not len(history) or loss.trend is not Trend.FLAT or loss.learnt:
+        return None
+    ratios = np.where(history.parameter("lr") == 0.0, np.nan, matrix_ratios(history))
     fastest = ratio_quantile(ratios, _FAST_QUARTER)
     known = ~np.isnan(fastest)
-    mask = (fastest < config.update_ratio_low) & (fastest > 0.0)
-    episode = last_episode(mask, known=known, patience=config.update_patience)
-    if episode is None or not episode.standing:
-        return None
-    loss = loss_progress(history)
-    if loss.trend is not Trend.FLAT or loss.learnt or _is_scheduled(history, episode):
-        return None
     steps = history.steps.astype(np.int64)
+    at_chance = not np.isnan(loss.chance) and steps[-1] - steps[0] >= _LONG_AT_CHANCE
+    limit = config.update_ratio_low * (_AT_CHANCE if at_chance else 1.0)
+    mask = fastest < limit
+    episode = last_episode(mask, known=known, patience=config.update_patience)
+    if episode is None or not episode.standing or _is_scheduled(history, episode):
+        return None
     ratio = float(np.median(fastest[episode.first : episode.last + 1][mask[episode.first : episode.last + 1]]))
+    by = f"by {power_of_ten(ratio)} of their size" if ratio > 0.0 else "not at all"
     return make_finding(
         "GG502",
         Severity.WARNING,
-        f"The learning rate is too low: a step changes the weights by {power_of_ten(ratio)} of their size (upper "
-        f"quartile over matrices; about {power_of_ten(_TARGET)} is usual), and the loss does not fall.",
+        f"The learning rate is too low: a step changes the weights {by} (upper quartile over matrices; about "
+        f"{power_of_ten(_TARGET)} is usual), and the loss does not fall.",
         step=int(steps[episode.first]),
         last_step=int(steps[episode.last]),
         cause=Cause.LEARNING_RATE,
         confidence=min(0.85, 0.5 + 0.1 * min(episode.count, 3)),
-        evidence=_evidence(history, episode, ratio, loss, note=f"below {config.update_ratio_low:g}"),
+        evidence=_evidence(history, episode, ratio, loss, note=f"below {limit:g}"),
     )
 
 
@@ -149,6 +181,7 @@ def _evidence(
     rate = history.scalar("lr")[episode.last]
     if np.isfinite(rate) and rate > 0.0:
         evidence["lr"] = Evidence(value=float(rate), note="learning rate")
+    if np.isfinite(rate) and rate > 0.0 and ratio > 0.0:
         evidence["suggested_lr"] = Evidence(
             value=float(rate) * _TARGET / ratio, note=f"would give a ratio of about {_TARGET:g}"
         )

@@ -11,6 +11,7 @@ from gradguard.detectors._episodes import BoolArray
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import Trend, loss_progress
 from gradguard.detectors._numbers import names_text, percent
+from gradguard.detectors.learning_rate import find_too_low
 from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
 
@@ -61,7 +62,7 @@ def find_no_update(history: History, config: GuardConfig) -> Sequence[Finding]:
     return [
         _finding(history, reason, [int(i) for i in np.flatnonzero(mask)])
         for reason, mask in groups.items()
-        if mask.any() and not (reason == "no entry changes" and not _stuck(history))
+        if mask.any() and not (reason == "no entry changes" and not _stuck(history, config))
     ]
 
 
@@ -93,8 +94,12 @@ def _never_moves(history: History, config: GuardConfig) -> BoolArray:
     return result
 
 
-def _stuck(history: History) -> bool:
-    return loss_progress(history).trend not in {Trend.FALLEN, Trend.FALLING}
+def _stuck(history: History, config: GuardConfig) -> bool:
+    """Whether the loss is known not to fall, or nobody records it, and no rate that is too low for all explains it."""
+    trend = loss_progress(history).trend
+    if history.losses[1].size and trend not in {Trend.FLAT, Trend.RISEN}:
+        return False
+    return find_too_low(history, config) is None
 
 
 def _finding(history: History, reason: str, rows: list[int]) -> Finding:

@@ -24,6 +24,9 @@ _PASSED = 0.2
 Ours: a healthy sigmoid passes 0.85, a tanh at twice the usual weight gain 0.6; with 95 % of the units at the ends it is
     0.2."""
 
+_CUT = 0.02
+"""The same below which what lies before is cut off. Ours: a tenth of what saturated layers pass that still learn."""
+
 _FAR_INPUT = 10.0
 """Largest entry of the input from which data, not weights, saturate the first layers. Ours: standardized data stay
 below 10."""
@@ -34,9 +37,11 @@ def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Find
 
     Trained tanh and sigmoid nets hold saturated units in good health: that alone is no finding. Needed are more than
     ``saturated_fraction`` saturated units, a measured gain across the activation below a fifth of its largest
-    derivative, both for ``update_patience`` consecutive observations, and a loss that is known not to fall. A loss that
-    is not known makes it INFO; one that falls is no finding. An output activation, with no layer after it, is left out:
-    it is meant to reach its ends. A check before the first step speaks after one look.
+    derivative, both for ``update_patience`` consecutive observations, and a loss that is known not to fall. While the
+    loss is not known yet it is a warning where it was so at step 0, before any training, and INFO else. A loss that
+    falls makes it no finding, unless next to nothing passes a layer at all: then what falls is the work of the layers
+    behind it. An output activation, with no layer after it, is left out: it is meant to reach its ends. A check before
+    the first step speaks after one look.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``saturated_fraction`` and ``delta_norm``.
@@ -61,11 +66,21 @@ def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Find
     if not rows:
         return []
     loss = loss_progress(history)
-    if loss.trend in {Trend.FALLEN, Trend.FALLING}:
-        return []
     first = min(episode.first for row, episode in episodes.items() if episode is not None and int(row) in rows)
     last = int(np.flatnonzero(known)[-1])
-    return [_finding(history, rows, first, saturated[last], passed[last], loss)]
+    severity = _severity(history, loss, first, cut=bool((passed[last][rows] < _CUT).any()))
+    return [] if severity is None else [_finding(history, rows, first, saturated[last], passed[last], severity)]
+
+
+def _severity(history: History, loss: LossProgress, first: int, *, cut: bool) -> Severity | None:
+    """Return how much it matters, ``None`` where the loss says that it does not."""
+    if loss.stuck or history.info.preflight:
+        return Severity.WARNING
+    if loss.trend is Trend.UNKNOWN:
+        return Severity.WARNING if history.steps[first] == 0 else Severity.INFO
+    if cut and not loss.learnt:
+        return Severity.WARNING if loss.trend is Trend.FALLING else Severity.INFO
+    return None
 
 
 def _passed(history: History) -> FloatArray:
@@ -87,13 +102,12 @@ def _before_a_layer(history: History) -> BoolArray:
 
 
 def _finding(
-    history: History, rows: list[int], first: int, saturated: FloatArray, passed: FloatArray, loss: LossProgress
+    history: History, rows: list[int], first: int, saturated: FloatArray, passed: FloatArray, severity: Severity
 ) -> Finding:
     steps = history.steps.astype(np.int64)
     names = tuple(history.layers.names[row] for row in rows)
     worst = rows[int(np.nanargmax(saturated[rows]))]
     preflight = history.info.preflight
-    severity = Severity.WARNING if preflight or loss.stuck else Severity.INFO
     given = history.layer("input_max_abs")[first]
     known = given[np.isfinite(given)]
     largest = float(known[0]) if known.size else math.nan

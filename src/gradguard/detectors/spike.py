@@ -59,12 +59,10 @@ def find_spike(history: History, config: GuardConfig) -> Sequence[Finding]:
         return []
     steps, losses = history.losses
     if losses.size and not np.isfinite(losses[-1]):
-        at = leap(losses)
-        finding = None if at is None else _of_loss(history, config, steps[: at + 1], losses[: at + 1])
-        return [] if finding is None else [replace(finding, cause=Cause.DATA, last_step=int(steps[-1]))]
-    found = [
-        finding for finding in (_of_loss(history, config, steps, losses), _of_gradient(history, config)) if finding
-    ]
+        leapt = _of_leap(history, config, steps, losses)
+        return [] if leapt is None else [leapt]
+    of_loss = _of_loss(history, config, steps, losses) or _of_leap(history, config, steps, losses)
+    found = [finding for finding in (of_loss, _of_gradient(history, config)) if finding]
     found.sort(key=lambda finding: (finding.severity, finding.standing, finding.step))
     if len(found) == 2 and 0 <= found[1].step - found[0].step <= EPISODE:  # one event, seen twice
         first, worst = found
@@ -102,6 +100,13 @@ def _of_loss(history: History, config: GuardConfig, steps: FloatArray, losses: F
         last_step=step if spike.back is not None else int(at[-1]),
         cause=Cause.DATA if alone else Cause.UNKNOWN,
     )
+
+
+def _of_leap(history: History, config: GuardConfig, steps: FloatArray, losses: FloatArray) -> Finding | None:
+    """Tell of a leap that the loss went on from, upwards or out of all numbers: the root of what followed."""
+    at = leap(losses)
+    finding = None if at is None else _of_loss(history, config, steps[: at + 1], losses[: at + 1])
+    return None if finding is None else replace(finding, cause=Cause.DATA, last_step=int(steps[-1]))
 
 
 def _of_gradient(history: History, config: GuardConfig) -> Finding | None:
