@@ -13,6 +13,7 @@ from torch import nn
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.initialization import REMEDIES as INITIALIZATIONS
 from gradguard.remedies.optimizing import attach_clipper, scale_learning_rate, set_option
+from gradguard.remedies.surgery import REMEDIES as OPERATIONS
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -73,7 +74,7 @@ def names() -> tuple[str, ...]:
     return tuple(_CATALOGUE)
 
 
-def _initialize(function: Callable[..., Applied], target: Target) -> Applied:
+def _run_on_model(function: Callable[..., Applied], target: Target) -> Applied:
     return function(target.model, batch=target.batch, compute_loss=target.compute_loss, optimizer=target.optimizer)
 
 
@@ -122,8 +123,10 @@ def _entries() -> dict[str, Remedy]:
     }
     for name, function in INITIALIZATIONS.items():
         found[name] = Remedy(
-            name=name, level=LEVELS["initialization"], acts_on="model", run=partial(_initialize, function)
+            name=name, level=LEVELS["initialization"], acts_on="model", run=partial(_run_on_model, function)
         )
+    for name, (level, operation) in OPERATIONS.items():
+        found[name] = Remedy(name=name, level=LEVELS[level], acts_on="model", run=partial(_run_on_model, operation))
     return found
 
 
