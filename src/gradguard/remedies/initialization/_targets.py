@@ -73,12 +73,13 @@ def check_arguments(
             )
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise UnsupportedModelError(
-                f"{name} is compiled. {verb.capitalize()} the model before torch.compile, or pass the module that was compiled"
+                f"{name} is compiled. {verb.capitalize()} the model before torch.compile, or pass the module that "
+                "was compiled"
             )
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise UnsupportedModelError(
-                f"{name} holds a {type(module).__name__}, whose replicas would drift apart. {verb.capitalize()} the model "
-                "before it is wrapped; the wrapper then spreads the weights of rank 0"
+                f"{name} holds a {type(module).__name__}, whose replicas would drift apart. {verb.capitalize()} the "
+                "model before it is wrapped; the wrapper then spreads the weights of rank 0"
             )
     for key, tensor in tensor_names(model).items():
         if tensor.is_meta:

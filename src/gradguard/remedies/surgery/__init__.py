@@ -14,9 +14,9 @@ Each works in place and returns an :class:`gradguard.remedies.Applied`: in words
 why, and under which names the parameters are now. ``dry_run=True`` says the words and changes nothing. If one raises,
 model and optimizer are as they were. ``undo()`` puts back modules, values, and the optimizer's groups and state as they
 were before the operation, also after training: weights that have learnt in one architecture mean nothing in the other.
-For that it keeps a copy of parameters, buffers and optimizer state on the CPU; let go of the record to free it. ``.grad``
-is left alone: operate between ``zero_grad()`` and the next ``backward()``. Attach a guard, compile or wrap for several
-devices afterwards.
+For that it keeps a copy of parameters, buffers and optimizer state on the CPU; let go of the record to free it.
+``.grad`` is left alone: operate between ``zero_grad()`` and the next ``backward()``. Attach a guard, compile or wrap
+for several devices afterwards.
 
 Example:
     >>> import torch

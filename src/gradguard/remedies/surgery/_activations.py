@@ -144,7 +144,7 @@ def _plan(
             continue
         if named is not None and describe(module).role != "activation":
             raise ValueError(f"modules names {name!r}, which is {type(module).__name__} and no activation")
-        reason = _why_not(found, module, named is not None)
+        reason = _why_not(found, module, by_name=named is not None)
         if reason is not None:
             skipped[name] = reason
             continue
@@ -159,7 +159,7 @@ def _where(place: str) -> str:
     return f"{place}.forward".lstrip(".")
 
 
-def _why_not(found: Survey, module: nn.Module, by_name: bool) -> str | None:
+def _why_not(found: Survey, module: nn.Module, *, by_name: bool) -> str | None:
     for attribute in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         if getattr(module, attribute):
             return "it has hooks, which would be lost with it"
@@ -167,8 +167,11 @@ def _why_not(found: Survey, module: nn.Module, by_name: bool) -> str | None:
         flagged = getattr(outer, "activation_relu_or_gelu", 0)
         if isinstance(outer, nn.TransformerEncoderLayer) and outer.activation is module and flagged:
             return "torch's TransformerEncoderLayer computes its activation itself in evaluation mode, past any module"
-    if by_name:
-        return None
+    return None if by_name else _not_hidden(found, module)
+
+
+def _not_hidden(found: Survey, module: nn.Module) -> str | None:
+    """Return why an activation is not a hidden one, ``None`` where it is."""
     if found.trace is None:
         order = [m for m in found.model.modules() if next(m.children(), None) is None or affine(m)]
         rest = order[next(i for i, m in enumerate(order) if m is module) + 1 :]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["add_qk_norm"]
 
 
-def add_qk_norm(  # noqa: PLR0913  # all are keywords with defaults
+def add_qk_norm(  # all are keywords with defaults
     model: nn.Module,
     kind: Literal["layer", "rms"] = "layer",
     *,

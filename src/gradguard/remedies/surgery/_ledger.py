@@ -124,7 +124,7 @@ class Ledger:
         )
 
     def _names(self) -> dict[str, str]:
-        """Map each name to the one under which the same tensor is now, module by module, so that tied ones stay apart."""
+        """Map each name to the one under which the same tensor is now, module by module: tied ones stay apart."""
         after, now, names = _places(self._model), tensor_names(self._model), {}
         at = {path: module for module in self._modules for path in self._places[id(module)]}
         for name, tensor in self._before.items():
@@ -155,7 +155,7 @@ class Ledger:
                 del optimizer.state[parameter]
             if touched and isinstance(optimizer, torch.optim.LBFGS):
                 optimizer.state.clear()  # its history is one vector over all parameters, of another length now
-                optimizer._numel_cache = None
+                optimizer._numel_cache = None  # noqa: SLF001  # torch computes it once
         missing = [called.get(id(p), "a parameter") for p, _ in beside.values() if id(p) not in joined]
         if self._optimizers and missing:
             raise UnsupportedModelError(
@@ -234,7 +234,7 @@ class _OptimizerState:
                 entry[key] = value if isinstance(value, torch.Tensor) else kept
             state[parameter] = entry
         if isinstance(self._optimizer, torch.optim.LBFGS):
-            self._optimizer._numel_cache = self._numel
+            self._optimizer._numel_cache = self._numel  # noqa: SLF001  # as it was
 
 
 def _kept(value: Any) -> Any:

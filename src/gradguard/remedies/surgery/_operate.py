@@ -1,4 +1,4 @@
-"""What every operation does alike: look, plan, change or only say what it would change, run once more, write it down."""
+"""What every operation does alike: change or only say what it would change, run once more, write it down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from gradguard.remedies.surgery._survey import survey
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Edit", "checked", "operate", "prefer"]
+__all__ = ["Edit", "checked", "operate"]
+
+_NAMED = 3
+"""Modules named for each reason in an error. Ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +67,8 @@ def operate(
         UnsupportedModelError: If there is nothing to change, or what was inserted does not run.
     """
     if not edits:
-        why = "; ".join(f"{name or type(model).__name__}: {reason}" for name, reason in skipped.items())
-        raise UnsupportedModelError(
-            f"{remedy} found nothing to change in this {type(model).__name__}. {why or 'It has no layer of the kind'}"
-        )
+        why = _grouped(skipped) or "It has no module of the kind"
+        raise UnsupportedModelError(f"{remedy} found nothing to change in this {type(model).__name__}. {why}")
     changes = [edit.words for edit in edits]
     if dry_run:
         return Applied(model=model, remedy=remedy, changes=tuple(changes), changed=(), skipped=dict(skipped))
@@ -76,6 +77,17 @@ def operate(
         if batch is not None:
             _run_again(remedy, model, made, batch, compute_loss)
         return kept.finish(remedy, changes, skipped)
+
+
+def _grouped(skipped: Mapping[str, str]) -> str:
+    """Return the reasons, each with the first few of the modules that it holds for."""
+    places: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        places.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''}: {reason}"
+        for reason, names in places.items()
+    )
 
 
 def _run_again(
@@ -90,8 +102,3 @@ def _run_again(
                 "model reaches the layer by another way than its attribute (a list of its own, or its weight). Change "
                 "that code by hand"
             )
-
-
-def prefer(names: Mapping[int, str], module: nn.Module) -> str:
-    """Return the name of a module, for messages."""
-    return names.get(id(module)) or type(module).__name__

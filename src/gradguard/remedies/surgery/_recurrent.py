@@ -29,7 +29,7 @@ CellKind = Literal["lstm", "gru"]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def swap_recurrent(  # noqa: PLR0913  # all are keywords with defaults
+def swap_recurrent(  # all are keywords with defaults
     model: nn.Module,
     to: CellKind = "gru",
     *,
@@ -91,7 +91,8 @@ def swap_recurrent(  # noqa: PLR0913  # all are keywords with defaults
             skipped[name] = reason
             continue
         cell = "Cell" if isinstance(module, nn.RNNCell) else ""
-        words = f"{name}: {describe(module).kind} > {to.upper()}{cell}, new weights, bias 1 on the gate that keeps the state"
+        new = f"{to.upper()}{cell}"
+        words = f"{name}: {describe(module).kind} > {new}, new weights, bias 1 on the gate that keeps the state"
         seed = generator + len(edits)
         edits.append(Edit(words=words, make=partial(_put, module, to, seed)))
     return operate(

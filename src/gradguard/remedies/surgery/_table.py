@@ -28,7 +28,7 @@ REMEDIES: Mapping[str, tuple[str, Operation]] = MappingProxyType(
         "qk-norm": ("normalization", add_qk_norm),
         "relu": ("activation", partial(replace_activations, to="relu", initialize_layers=True)),
         "leaky-relu": ("activation", partial(replace_activations, to="leaky-relu")),
-        "residual": ("residual", partial(add_residual, preserve=False)),
+        "residual": ("residual", add_residual),
         "gated-cell": ("cell", partial(swap_recurrent, to="gru")),
         "lstm": ("cell", partial(swap_recurrent, to="lstm")),
     }

@@ -79,8 +79,7 @@ class Normalized(_Around):
         if self.axis == "channels-last":
             normed = self.norm(output.movedim(1, -1))
             return normed.movedim(-1, 1)
-        normed = self.norm(output)
-        return normed
+        return self.norm(output)  # type: ignore[no-any-return]  # a module's result is Any to a type checker
 
 
 class Residual(_Around):
@@ -136,12 +135,12 @@ class BareLSTM(nn.LSTM):
 
     def forward(  # type: ignore[override]  # the interface is the RNN's
         self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,  # noqa: A002  # torch's own name
+        input: Tensor | PackedSequence,  # noqa: A002  # torch's own name
+        hx: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Return output and last hidden state, of the shapes that :class:`torch.nn.RNN` gives them."""
         state = None if hx is None else (hx, torch.zeros_like(hx))
-        output, (hidden, _) = super().forward(input, state)  # type: ignore[arg-type]  # overloads
+        output, (hidden, _) = super().forward(input, state)
         return output, hidden
 
 
@@ -161,6 +160,7 @@ class QKNormAttention(nn.MultiheadAttention):
 
     q_norm: nn.Module
     k_norm: nn.Module
+    separate: bool
 
     @classmethod
     def around(cls, attention: nn.MultiheadAttention, kind: Literal["layer", "rms"] = "layer") -> QKNormAttention:
@@ -179,11 +179,11 @@ class QKNormAttention(nn.MultiheadAttention):
             norm = nn.RMSNorm(new.head_dim) if kind == "rms" else nn.LayerNorm(new.head_dim, bias=False)
             new.add_module(name, norm.to(device=own.device, dtype=own.dtype).train(attention.training))
         # Else torch's transformer layers would compute the attention themselves from the weights in evaluation mode.
-        new.separate = not attention._qkv_same_embed_dim
-        new._qkv_same_embed_dim = False
+        new.separate = not attention._qkv_same_embed_dim  # noqa: SLF001  # torch's own flag, which its layers ask for
+        new._qkv_same_embed_dim = False  # noqa: SLF001  # as above
         return new
 
-    def forward(  # noqa: PLR0913  # torch's signature
+    def forward(  # torch's signature
         self,
         query: Tensor,
         key: Tensor,
@@ -226,10 +226,11 @@ class QKNormAttention(nn.MultiheadAttention):
     def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project and split into heads, each ``[batch, heads, length, size]``; normalize queries and keys."""
         if self.separate:
-            parts = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+            parts: list[Tensor] = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         else:
             parts = list(self.in_proj_weight.chunk(3))
-        biases: list[Tensor | None] = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.chunk(3))
+        in_bias: Tensor | None = self._parameters["in_proj_bias"]
+        biases = [None] * 3 if in_bias is None else list(in_bias.chunk(3))
         made = [
             F.linear(given, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for given, weight, bias in zip((query, key, value), parts, biases, strict=True)
