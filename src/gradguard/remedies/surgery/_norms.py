@@ -114,6 +114,7 @@ def _plan(
     found: Survey, kind: NormKind, where: Where, named: dict[str, nn.Module] | None
 ) -> tuple[list[Edit], dict[str, str]]:
     following, inside = found.following(), pass_over(found.model)
+    names = {id(module): clean_name(name) for name, module in found.model.named_modules()}
     edits: list[Edit] = []
     skipped: dict[str, str] = {}
     for raw, layer in found.layers():
@@ -135,7 +136,8 @@ def _plan(
             continue
         title = _TITLES[kind]
         size = _features(layer)
-        words = f"{name}: {title} {size} {where} the {activation} behind {describe(layer).kind}"
+        place = name if target is layer else names[id(target)]
+        words = f"{place}: {title} {size} {where} the {activation} behind {describe(layer).kind}"
         edits.append(Edit(words=words, make=partial(_insert, layer, target, kind)))
     return edits, skipped
 

@@ -320,7 +320,7 @@ def _insert(block: _Block, make: Callable[[], nn.Module], kept: Ledger, *, prese
         kept.replace(inner, new)
     else:
         kept.place(block.parent, block.keys[0], new)
-        for key in block.keys[1:]:
-            kept.place(block.parent, key, nn.Identity())
+        for key, member in zip(block.keys[1:], block.members[1:], strict=True):
+            kept.place(block.parent, key, nn.Identity().train(member.training))
     kept.train_beside(new, inner)
     return new
