@@ -169,16 +169,17 @@ def test_what_is_normalized_frozen_or_used_past_the_module_is_left_alone() -> No
 def test_a_gate_is_not_normalized() -> None:
     """A sigmoid whose result multiplies something else is to stay half open."""
     net = Net(
-        lambda net, x: net.out(torch.relu(net.value(x)) * torch.sigmoid(net.gate(x))),
+        lambda net, x: net.out(torch.relu(net.mid(net.value(x) * torch.sigmoid(net.gate(x))))),
         value=nn.Linear(8, 8),
         gate=nn.Linear(8, 8),
+        mid=nn.Linear(8, 8),
         out=nn.Linear(8, 2),
     )
 
     applied = insert_norm(net, batch=torch.randn(4, 8))
 
-    assert "gate" in applied.skipped
-    assert isinstance(net.value, Normalized) or "value" in applied.skipped
+    assert [line.partition(":")[0] for line in applied.changes] == ["mid"]
+    assert applied.skipped["gate"] == "no activation that is not a gate stands behind it"
 
 
 @pytest.mark.parametrize(
@@ -362,8 +363,7 @@ def test_functions_in_code_are_reported_with_their_place() -> None:
     assert any(line.startswith("0.act: Sigmoid > ReLU") for line in applied.changes)
     assert "its code calls" in applied.skipped["0.forward"]
     assert "cannot be rewritten" in applied.skipped["0.forward"]
-    assert "sigmoid 1 time" in applied.skipped["0.forward"]
-    assert "tanh 1 time" in applied.skipped["0.forward"]
+    assert "sigmoid once and tanh once" in applied.skipped["0.forward"]
 
 
 def test_activations_of_the_loss_are_not_those_of_the_model() -> None:
@@ -512,7 +512,7 @@ def test_float_targets_are_no_path() -> None:
 @pytest.mark.parametrize(
     ("block", "shape", "message"),
     [
-        (nn.Sequential(nn.Conv2d(3, 3, 3), nn.Tanh()), (2, 3, 8, 8), r"shapes do not allow it: .*\[2, 3, 8, 8\].*\[2, 3, 6, 6\]"),
+        (nn.Sequential(nn.Conv2d(3, 3, 3), nn.Tanh()), (2, 3, 8, 8), r"shapes do not allow it: .*\[2, 3, 6, 6\]"),
         (nn.Sequential(nn.Flatten(), nn.Linear(8, 8)), (2, 2, 4), r"shapes do not allow it: .*\[2, 2, 4\].*\[2, 8\]"),
         (nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)), (2, 8), "changes its input in place"),
         (nn.Linear(8, 8).requires_grad_(requires_grad=False), (2, 8), "it is frozen"),
@@ -570,7 +570,7 @@ def test_swapped_cells_keep_the_interface(to: Any, options: dict[str, Any]) -> N
     assert (again.shape, last.shape) == (output.shape, state.shape)
     assert new(x, torch.randn_like(state))[1].shape == state.shape
     packed = pack_padded_sequence(
-        x, torch.tensor([6, 6, 4, 2] if old.batch_first else [4, 4, 3, 2, 1, 1]), batch_first=old.batch_first
+        x, torch.tensor([6, 6, 4, 2] if old.batch_first else [4, 4, 3, 2, 1, 1]), batch_first=bool(old.batch_first)
     )
     assert pad_packed_sequence(new(packed)[0])[0].shape[-1] == output.shape[-1]
     for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"):
@@ -590,7 +590,7 @@ def test_the_bare_lstm_is_an_lstm() -> None:
 
 @pytest.mark.parametrize(("to", "gates"), [("lstm", 4), ("gru", 3)])
 def test_the_gate_that_keeps_the_state_has_a_bias_of_one(to: Any, gates: int) -> None:
-    """torch adds two biases: one of them is 1 on that gate, everything else is 0."""
+    """Of the two biases that torch adds one is 1 on that gate, everything else is 0."""
     net = Net(lambda net, x: net.rnn(x)[0], rnn=nn.RNN(3, 5))
 
     swap_recurrent(net, to)
@@ -690,29 +690,26 @@ def test_attention_without_its_norms_is_that_of_torch(name: str, need_weights: b
 
 
 def test_logits_are_bounded_whatever_the_weights() -> None:
-    """With queries and keys a thousand times as large the attention stays what it is; without the norm it collapses."""
+    """With queries and keys a thousand times as large the attention is what it was; without the norm it collapses."""
     torch.manual_seed(0)
-    net = Net(lambda net, x: net.attention(x, x, x)[0], attention=nn.MultiheadAttention(8, 2, batch_first=True))
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    net = Net(lambda net, x: net.attention(x, x, x)[0], attention=attention)
     x = torch.randn(4, 6, 8)
 
-    def spread(attention: nn.Module) -> float:
-        weights = attention(x, x, x)[1]
-        return float(weights.max())
-
     with torch.no_grad():
-        net.attention.in_proj_weight[:16] *= 1000.0
-    assert spread(net.attention) > 0.9
+        attention.in_proj_weight[:16] *= 1000.0
+    assert float(attention(x, x, x)[1].detach().max()) > 0.9
     add_qk_norm(net, batch=x)
     large = net.attention(x, x, x, average_attn_weights=False)[1]
     with torch.no_grad():
-        net.attention.in_proj_weight[:16] /= 1000.0
+        attention.in_proj_weight[:16] /= 1000.0
     small = net.attention(x, x, x, average_attn_weights=False)[1]
     torch.testing.assert_close(large, small, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_evaluation_does_not_go_past_the_norm() -> None:
-    """torch's encoder computes from the weights in evaluation mode; not so here, with padding neither."""
+    """The encoder of torch computes from the weights in evaluation mode; not so here, with padding neither."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
     net = Net(lambda net, x: net.encoder(x), encoder=nn.TransformerEncoder(layer, 2))
@@ -746,7 +743,7 @@ def test_attention_in_code_is_reported() -> None:
 
     with pytest.raises(UnsupportedModelError, match=r"0\.forward: attention written by hand; normalize q and k there"):
         add_qk_norm(outer, batch=torch.randn(2, 5, 8))
-    with pytest.raises(UnsupportedModelError, match="0 is Net, not nn.MultiheadAttention"):
+    with pytest.raises(UnsupportedModelError, match=r"0 is Net, not nn\.MultiheadAttention"):
         add_qk_norm(outer, modules="0")
 
 
@@ -809,9 +806,9 @@ def test_a_preserving_path_does_not_cure() -> None:
 
 @pytest.mark.parametrize("kind", ["layer", "batch", "group", "rms"])
 def test_layers_whose_weights_are_too_small_are_cured(kind: Any) -> None:
-    """Thirty layers of ReLU with half of He's weights lose the signal; any norm gives it back."""
+    """Twelve layers of ReLU with a fifth of He's weights lose the signal; any norm gives it back."""
     torch.manual_seed(0)
-    ill = mlp(30, nn.ReLU, init="he", gain=0.5)
+    ill = mlp(12, nn.ReLU, init="he", gain=0.2)
     well = copy.deepcopy(ill)
     insert_norm(well, kind)
 

@@ -38,20 +38,10 @@ _NEW: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
 
 _SATURATING = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh, nn.Softsign, nn.LogSigmoid)
 _DYING = (nn.ReLU, nn.ReLU6, nn.Threshold)
-_FUNCTIONS = frozenset(
-    {
-        "sigmoid",
-        "tanh",
-        "hardsigmoid",
-        "hardtanh",
-        "softsign",
-        "logsigmoid",
-        "log_sigmoid",
-        "relu",
-        "relu6",
-        "threshold",
-    }
+_SATURATING_FUNCTIONS = frozenset(
+    {"sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign", "logsigmoid", "log_sigmoid"}
 )
+_DYING_FUNCTIONS = frozenset({"relu", "relu6", "threshold"})
 
 
 def replace_activations(  # noqa: PLR0913  # all are keywords with defaults
@@ -130,12 +120,7 @@ def _plan(
     kinds = _SATURATING if to == "relu" else _SATURATING + _DYING
     edits: list[Edit] = []
     layers: dict[str, None] = {}
-    skipped = {
-        _where(place): f"its code calls {function} {count} {'time' if count == 1 else 'times'} as a function, which "
-        "cannot be rewritten from outside: use a module, or change the code"
-        for (place, function), count in found.functional(_FUNCTIONS - {to.replace("-", "_")}).items()
-        if to != "relu" or function not in {"relu6", "threshold"}
-    }
+    skipped = _in_code(found, to)
     for raw, module in found.model.named_modules():
         name = clean_name(raw)
         if named is not None and all(module is not other for other in named.values()):
@@ -155,8 +140,17 @@ def _plan(
     return edits, skipped, list(layers)
 
 
-def _where(place: str) -> str:
-    return f"{place}.forward".lstrip(".")
+def _in_code(found: Survey, to: ActivationName) -> dict[str, str]:
+    """Return where code calls as functions what would be replaced if it were modules."""
+    wanted = _SATURATING_FUNCTIONS if to == "relu" else _SATURATING_FUNCTIONS | _DYING_FUNCTIONS
+    calls: dict[str, list[str]] = {}
+    for (place, function), count in sorted(found.functional(wanted).items()):
+        times = "once" if count == 1 else f"{count} times"
+        calls.setdefault(f"{place}.forward".lstrip("."), []).append(f"{function} {times}")
+    return {
+        place: f"its code calls {' and '.join(words)} as functions, which cannot be rewritten from outside: use modules"
+        for place, words in calls.items()
+    }
 
 
 def _why_not(found: Survey, module: nn.Module, *, by_name: bool) -> str | None:

@@ -65,8 +65,8 @@ def insert_norm(  # all are keywords with defaults
     GroupNorm has up to 32 groups of at least 16 features.
 
     Before a sigmoid, whose outputs have a common mean, only BatchNorm helps: measured on digits with 20 sigmoid layers
-    and Adam, 300 steps, accuracy 0.10 with no norm, and with LayerNorm, RMSNorm or GroupNorm before the activation; 0.98
-    with LayerNorm after it; 1.00 with BatchNorm before it.
+    and Adam, 300 steps, accuracy 0.10 with no norm, and with LayerNorm, RMSNorm or GroupNorm before the activation;
+    0.98 with LayerNorm after it; 1.00 with BatchNorm before it.
 
     Args:
         model: The model, changed in place.

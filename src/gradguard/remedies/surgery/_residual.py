@@ -14,6 +14,7 @@ from torch import nn
 from gradguard.errors import UnsupportedModelError
 from gradguard.monitors._describe import clean_name, describe
 from gradguard.remedies._applied import Applied
+from gradguard.remedies.initialization._trace import Trace
 from gradguard.remedies.surgery._ledger import Ledger
 from gradguard.remedies.surgery._operate import Edit, checked, operate
 from gradguard.remedies.surgery._survey import Call, Survey, affine, chosen, pass_over, survey
@@ -71,7 +72,8 @@ def add_residual(  # all are keywords with defaults
     of play until their scalars have grown. With ``preserve=True`` the model computes at first exactly what it did, and
     a gradient that vanishes goes on vanishing until the gates have opened, the last block's first. Measured on digits
     with 20 sigmoid layers, 300 steps: accuracy 0.10 without a path and with ``preserve=True``, 0.98 (Adam) and 0.99
-    (SGD) with ``preserve=False``. So: the default for a deep net that does not begin to learn, ``preserve=True`` for one that has.
+    (SGD) with ``preserve=False``. So the default is for a deep net that does not begin to learn, ``preserve=True`` for
+    one that has learnt.
 
     Args:
         model: The model, changed in place.
@@ -126,11 +128,12 @@ def _found(found: Survey, skipped: dict[str, str]) -> list[_Block]:
     Of the user's own classes those count that the model has several modules of: a lone one may be the whole net.
     """
     kinds = Counter(type(module) for name, module in found.model.named_modules() if name and _own_block(module))
-    inside = pass_over(found.model)
+    inside = {*pass_over(found.model)}
+    inside |= {id(m) for outer in found.model.modules() if isinstance(outer, Residual) for m in outer.modules()}
     blocks: list[_Block] = []
     for raw, module in found.model.named_modules():
         name = clean_name(raw)
-        if id(module) in inside or isinstance(module, (Residual, Normalized)):
+        if id(module) in inside or isinstance(module, Normalized):
             continue
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             blocks += _runs(name, module)
@@ -140,8 +143,8 @@ def _found(found: Survey, skipped: dict[str, str]) -> list[_Block]:
             blocks.append(_Block(name=name, members=(module,)))
     if not blocks and not skipped:
         skipped[type(found.model).__name__] = (
-            "it has neither a run of layer and activation in an nn.Sequential nor several blocks of one class; name the "
-            "modules to put a path around in modules="
+            "it has neither a run of layer and activation in an nn.Sequential nor several blocks of one class; name "
+            "the modules to put a path around in modules="
         )
     return blocks
 
@@ -250,30 +253,52 @@ def _no_path(found: Survey, first: Call, last: Call) -> str | None:
         return "it does not take one tensor and return one"
     if first.in_place:
         return "it changes its input in place, so that there is nothing left to add"
-    if _bridged(found, first.given, last.made):
+    trace, outputs = found.trace, [call.made for call in found.calls_of(found.model) if call.made is not None]
+    if trace is None:
+        return None
+    # Targets of the loss are inputs too: only what the model's own output is made of counts.
+    own = trace.ancestors(outputs[0]) if outputs else set(range(len(trace.ops)))
+    if _bridged(trace, own, first.given, last.made):
         return "there is a path around it already"
     return None
 
 
-def _bridged(found: Survey, start: int, end: int) -> bool:
-    """Whether the output of a block, or what stands behind it, gets the block's input also by a way without layers."""
-    trace = found.trace
-    outputs = [call.made for call in found.calls_of(found.model) if call.made is not None]
-    if trace is None or start == end:
+def _bridged(trace: Trace, own: set[int], start: int, end: int) -> bool:
+    """Whether a path goes around a block already, inside it or outside.
+
+    That is a way without layers to the block's output or what is made of it, or a way without activations to a sum with
+    something that has passed one: a projection.
+
+    Args:
+        trace: The operations.
+        own: Those of which the model's output is made.
+        start: Behind the block's input.
+        end: Behind its output.
+    """
+    if start == end:
         return True
-    # Targets of the loss are inputs too: only what the model's own output is made of counts.
-    own = trace.ancestors(outputs[0]) if outputs else set(range(len(trace.ops)))
     behind = (trace.descendants(end) | {end}) & own
-    stack, seen = [start], {start}
+    if _reach(trace, start, own, "layer") & behind:
+        return True
+    around = behind | trace.ancestors(end)
+    below = trace.descendants(start)
+    return any(
+        len(trace.ops[index].operands) == 2
+        and trace.ops[index].kind == "sum"
+        and any(trace.ops[i].kind == "activation" for i in trace.ancestors(index) & below)
+        for index in _reach(trace, start, own, "activation") & around
+    )
+
+
+def _reach(trace: Trace, start: int, own: set[int], wall: str) -> set[int]:
+    """Return the operations that depend on one by a way without operations of a kind."""
+    seen: set[int] = set()
+    stack = [start]
     while stack:
-        for child in trace.children[stack.pop()]:
-            if child in seen or child not in own or trace.ops[child].kind == "layer":
-                continue
-            if child in behind:
-                return True
-            seen.add(child)
-            stack.append(child)
-    return False
+        found = [i for i in trace.children[stack.pop()] if i in own and i not in seen and trace.ops[i].kind != wall]
+        seen.update(found)
+        stack += found
+    return seen
 
 
 def _linear(takes: int, gives: int, like: nn.Module, *, preserve: bool) -> tuple[Callable[[], nn.Module], str]:

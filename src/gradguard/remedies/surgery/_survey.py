@@ -112,9 +112,20 @@ class _Observer(_Recorder):
         self._stack: list[nn.Module] = [nn.Identity()]  # stands for code outside the model, such as the loss
         self._open: list[tuple[Call, int, Tensor | None]] = []
 
-    def _record(self, name: str, *rest: Any) -> None:
-        self.survey.owners[len(self.trace.ops)] = (self._stack[-1], name if name.startswith("__") else name.rstrip("_"))
-        super()._record(name, *rest)
+    def _record(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: list[Tensor],
+        made: list[Tensor],
+        module: nn.Module | None,
+    ) -> None:
+        top = self._stack[-1]
+        if affine(top) and module is not None and top.weight is module.weight:
+            module = top  # of modules that share a weight the one that runs
+        self.survey.owners[len(self.trace.ops)] = (top, name if name.startswith("__") else name.rstrip("_"))
+        super()._record(name, args, kwargs, given, made, module)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note that a module is called."""
