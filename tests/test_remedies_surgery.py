@@ -21,6 +21,7 @@ from gradguard.remedies.surgery import (
     Normalized,
     QKNormAttention,
     Residual,
+    Where,
     add_qk_norm,
     add_residual,
     insert_norm,
@@ -280,6 +281,20 @@ def test_operations_add_up_and_are_undone_from_the_last() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_path_goes_around_the_norm_too() -> None:
+    """Before the activation as well as after it."""
+    places: tuple[Where, ...] = ("before", "after")
+    for where in places:
+        model = surgery.head(64)
+        insert_norm(model, where=where)
+
+        applied = add_residual(model, batch=surgery.batch()[0])
+
+        assert [line.partition(":")[0] for line in applied.changes] == ["0", "2"]
+        assert isinstance(model[0], Residual)
+        assert sum(isinstance(module, nn.LayerNorm) for module in model[0].block.modules()) == 1
+
+
 def test_an_optimizer_that_holds_other_layers_only_is_refused() -> None:
     """Nothing would train what is new; several optimizers together are fine."""
     model = surgery.head(64)
@@ -291,6 +306,37 @@ def test_an_optimizer_that_holds_other_layers_only_is_refused() -> None:
     insert_norm(model, optimizer=[head, rest])
     assert len(head.param_groups[0]["params"]) == 2
     assert len(rest.param_groups[0]["params"]) == 8
+
+
+def test_what_is_new_joins_the_group_of_the_bias() -> None:
+    """Where weights decay and biases do not, scale and shift of a norm, gates and new cells stand where they belong."""
+    x = surgery.batch()[0]
+    for operation in (insert_norm, add_residual, swap_recurrent):
+        model = surgery.RecurrentClassifier()
+        named = dict(model.named_parameters())
+        biases = [p for name, p in named.items() if "bias" in name]
+        weights = [p for name, p in named.items() if "bias" not in name]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups)
+
+        applied = operation(model, batch=x, optimizer=optimizer)
+
+        decaying = {id(p) for p in optimizer.param_groups[0]["params"]}
+        now = dict(model.named_parameters())
+        new = {name: id(now[name]) in decaying for name in applied.changed}
+        assert new == {name: ".weight_ih" in name or ".weight_hh" in name for name in new}
+
+
+def test_names_of_the_users_own_stay() -> None:
+    """An optimizer whose names are not the model's keeps them; what is new has the model's."""
+    model = surgery.head(8)
+    optimizer = torch.optim.SGD([(f"net/{name}", p) for name, p in model.named_parameters()], lr=0.1)
+
+    insert_norm(model, optimizer=optimizer)
+
+    names = optimizer.param_groups[0]["param_names"]
+    assert names[:4] == ["net/0.weight", "net/0.bias", "0.norm.weight", "0.norm.bias"]
+    assert len(names) == len(optimizer.param_groups[0]["params"])
 
 
 def test_lbfgs_begins_anew() -> None:

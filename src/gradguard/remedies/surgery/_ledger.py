@@ -150,7 +150,8 @@ class Ledger:
         for optimizer in self._optimizers:
             touched = False
             for group in optimizer.param_groups:
-                touched |= self._carry_group(group, beside, gone, called, joined)
+                touched |= self._carry_group(group, beside, gone, joined)
+                self._rename_group(group, names, called)
             for parameter in [p for p in optimizer.state if id(p) in gone]:
                 del optimizer.state[parameter]
             if touched and isinstance(optimizer, torch.optim.LBFGS):
@@ -168,7 +169,6 @@ class Ledger:
         group: dict[str, Any],
         beside: Mapping[int, tuple[nn.Parameter, Tensor]],
         gone: set[int],
-        called: Mapping[int, str],
         joined: set[int],
     ) -> bool:
         """Let new parameters join behind the one they stand beside, and what is gone leave; keep the list itself."""
@@ -182,9 +182,17 @@ class Ledger:
         touched = [id(p) for p in parameters] != [id(p) for p in group["params"]]
         if group.get("param_names") is not None:
             old = {id(p): name for p, name in zip(group["params"], group["param_names"], strict=True)}
-            group["param_names"][:] = [called.get(id(p), old.get(id(p), "")) for p in parameters]
+            group["param_names"][:] = [old.get(id(p), "") for p in parameters]
         group["params"][:] = parameters
         return touched
+
+    def _rename_group(self, group: dict[str, Any], names: Mapping[str, str], called: Mapping[int, str]) -> None:
+        """Name what is new, and rename what is named as in the model; other names of the user's stay."""
+        if group.get("param_names") is not None:
+            group["param_names"][:] = [
+                (names.get(name, name) if self._before.get(name) is p else name) or called.get(id(p), "")
+                for p, name in zip(group["params"], group["param_names"], strict=True)
+            ]
 
     def restore(self) -> None:
         """Put everything back; once done there is nothing left to put back."""

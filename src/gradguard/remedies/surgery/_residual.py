@@ -165,7 +165,7 @@ def _runs(name: str, parent: nn.Sequential) -> list[_Block]:
             run = []
         if child is None:
             break
-        role = describe(child).role
+        role = _role(child)
         if _layer(child):
             run = [(key, child)]
         elif run and (role in {"norm", "activation"} or isinstance(child, (nn.Dropout, nn.Identity))):
@@ -176,7 +176,11 @@ def _runs(name: str, parent: nn.Sequential) -> list[_Block]:
 
 
 def _ends(run: Sequence[tuple[str, nn.Module]]) -> bool:
-    return any(describe(module).role == "activation" for _, module in run)
+    return any(_role(module) == "activation" for _, module in run)
+
+
+def _role(module: nn.Module) -> str:
+    return describe(module.layer if isinstance(module, Normalized) else module).role
 
 
 def _own_block(module: nn.Module) -> bool:
