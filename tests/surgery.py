@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -89,3 +92,16 @@ class TransformerClassifier(nn.Module):
 def batch(size: int = 32) -> tuple[Tensor, Tensor]:
     """Return digits and their classes."""
     return digit_batch(size)
+
+
+class Net(nn.Module):
+    """Code around some layers."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self._code = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._code(self, x)
