@@ -285,6 +285,14 @@ def test_a_cut_between_two_modules_is_placed_before_the_next_one() -> None:
     assert finding.message.startswith("The gradient is cut off before 6:")
 
 
+def test_a_cut_beside_a_branch_that_is_given_raw_data_is_placed_behind_its_own_end() -> None:
+    """What runs next takes none of it: the cut is not before that."""
+    finding = only(with_layer(with_zeros(net(), PREFIX), "input_delta_norm", 6, NAN))
+
+    assert finding.message.startswith(f"The gradient is cut off behind {finding.layer}:")
+    assert finding.layer == "4"
+
+
 @pytest.mark.parametrize(
     ("name", "row", "value"),
     [
