@@ -446,6 +446,25 @@ def test_the_report_of_the_diagnosis_shows_what_was_tried() -> None:
     assert "tried on a copy" in stream.getvalue()
 
 
+def test_a_guard_tries_cures_for_its_own_run() -> None:
+    """Its diagnosis, its number of steps; from fresh weights where they can be made."""
+    model = net(20)
+    optimizer = sgd(0.01)(model)
+    with gradguard.watch(model, optimizer, on_finding="silent", on_error="raise") as guard:
+        for batch in batches(25):
+            optimizer.zero_grad()
+            loss = classification_loss(model, batch)
+            loss.backward()
+            guard.record(loss=loss)
+            optimizer.step()
+        result = guard.trial(batches(), classification_loss, sgd(0.01), model=net(20), steps=20)
+
+    assert result.run_steps == 25
+    assert result.best is not None
+    assert result.diagnosis is not None
+    assert result.diagnosis.summary.kind == "run"
+
+
 # --------------------------------------------------------------------------------------------------------------- apply
 
 
