@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.initialization import REMEDIES as INITIALIZATIONS
 from gradguard.remedies.optimizing import attach_clipper, scale_learning_rate, set_option
-from gradguard.remedies.surgery import add_residual, insert_norm, replace_activations
-from gradguard.remedies.surgery._norms import Kind
+from gradguard.remedies.surgery import REMEDIES as OPERATIONS
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -75,7 +74,7 @@ def names() -> tuple[str, ...]:
     return tuple(_CATALOGUE)
 
 
-def _initialize(function: Callable[..., Applied], target: Target) -> Applied:
+def _run_on_model(function: Callable[..., Applied], target: Target) -> Applied:
     return function(target.model, batch=target.batch, compute_loss=target.compute_loss, optimizer=target.optimizer)
 
 
@@ -122,20 +121,12 @@ def _entries() -> dict[str, Remedy]:
             name="lower-beta2", level=0, acts_on="optimizer", run=partial(_option, "lower-beta2", "betas", _lower_beta2)
         ),
     }
-    surgery: tuple[tuple[str, str, Callable[..., Applied]], ...] = (
-        *((f"{kind}-norm", "normalization", partial(insert_norm, kind=kind)) for kind in get_args(Kind)),
-        *(
-            (name, "activation", partial(replace_activations, to=name))
-            for name in ("relu", "leaky-relu", "gelu", "selu")
-        ),
-        ("residual", "residual", add_residual),
-    )
-    for name, level, function in surgery:
-        found[name] = Remedy(name=name, level=LEVELS[level], acts_on="model", run=partial(_initialize, function))
     for name, function in INITIALIZATIONS.items():
         found[name] = Remedy(
-            name=name, level=LEVELS["initialization"], acts_on="model", run=partial(_initialize, function)
+            name=name, level=LEVELS["initialization"], acts_on="model", run=partial(_run_on_model, function)
         )
+    for name, (level, operation) in OPERATIONS.items():
+        found[name] = Remedy(name=name, level=LEVELS[level], acts_on="model", run=partial(_run_on_model, operation))
     return found
 
 

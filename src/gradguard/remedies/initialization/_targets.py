@@ -44,8 +44,15 @@ _CLOSE = 1e-3
 no more than float16 needs. Ours."""
 
 
-def check_arguments(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+def check_arguments(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, *, verb: str = "initialise"
+) -> tuple[Optimizer, ...]:
     """Return the optimizers, and refuse models whose weights cannot be set in place.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer or optimizers.
+        verb: What the caller is about to do, for the messages.
 
     Raises:
         TypeError: If the model is no module or an optimizer is none.
@@ -57,29 +64,32 @@ def check_arguments(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]
     name = type(model).__name__
     if has_lazy_parameters(model):
         raise UnsupportedModelError(
-            f"{name} has lazy parameters without a shape yet. Run one forward pass first, then initialise"
+            f"{name} has lazy parameters without a shape yet. Run one forward pass first, then {verb}"
         )
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError(
-                f"{type(module).__name__} is a TorchScript module. Initialise the model before it is scripted"
+                f"{type(module).__name__} is a TorchScript module. {verb.capitalize()} the model before it is scripted"
             )
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise UnsupportedModelError(
-                f"{name} is compiled. Initialise the model before torch.compile, or pass the module that was compiled"
+                f"{name} is compiled. {verb.capitalize()} the model before torch.compile, or pass the module that "
+                "was compiled"
             )
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise UnsupportedModelError(
-                f"{name} holds a {type(module).__name__}, whose replicas would drift apart. Initialise the model "
-                "before it is wrapped; the wrapper then spreads the weights of rank 0"
+                f"{name} holds a {type(module).__name__}, whose replicas would drift apart. {verb.capitalize()} the "
+                "model before it is wrapped; the wrapper then spreads the weights of rank 0"
             )
     for key, tensor in tensor_names(model).items():
         if tensor.is_meta:
             raise UnsupportedModelError(
-                f"{key} is on the meta device and has no values. Call model.to_empty(device=...) first, then initialise"
+                f"{key} is on the meta device and has no values. Call model.to_empty(device=...) first, then {verb}"
             )
         if any(base.__name__ in {"DTensor", "ShardedTensor"} for base in type(tensor.data).__mro__):
-            raise UnsupportedModelError(f"{key} is sharded over processes. Initialise the model before it is sharded")
+            raise UnsupportedModelError(
+                f"{key} is sharded over processes. {verb.capitalize()} the model before it is sharded"
+            )
         if tensor.is_inference():
             raise UnsupportedModelError(
                 f"{key} was made under torch.inference_mode() and cannot be changed. Build the model outside of it"

@@ -1,0 +1,207 @@
+"""Other activations in place of those that saturate or die."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import nn
+
+from gradguard.monitors._describe import clean_name, describe
+from gradguard.remedies._applied import Applied
+from gradguard.remedies.initialization import initialize
+from gradguard.remedies.surgery._chain import chain
+from gradguard.remedies.surgery._ledger import Ledger
+from gradguard.remedies.surgery._operate import Edit, checked, operate
+from gradguard.remedies.surgery._survey import Survey, affine, chosen, survey
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["ActivationName", "replace_activations"]
+
+ActivationName = Literal["relu", "leaky-relu", "elu", "selu", "gelu", "silu"]
+"""What activations can be replaced by."""
+
+_NEW: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
+    {
+        "relu": nn.ReLU,
+        "leaky-relu": partial(nn.LeakyReLU, 0.01),
+        "elu": nn.ELU,
+        "selu": nn.SELU,
+        "gelu": nn.GELU,
+        "silu": nn.SiLU,
+    }
+)
+
+_SATURATING = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh, nn.Softsign, nn.LogSigmoid)
+_DYING = (nn.ReLU, nn.ReLU6, nn.Threshold)
+_SATURATING_FUNCTIONS = frozenset(
+    {"sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign", "logsigmoid", "log_sigmoid"}
+)
+_DYING_FUNCTIONS = frozenset({"relu", "relu6", "threshold"})
+
+
+def replace_activations(  # noqa: PLR0913  # all are keywords with defaults
+    model: nn.Module,
+    to: ActivationName = "relu",
+    *,
+    batch: Any = None,
+    compute_loss: Callable[[Any, Any], Any] | None = None,
+    modules: Iterable[str] | None = None,
+    initialize_layers: bool = False,
+    generator: int = 0,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    dry_run: bool = False,
+) -> Applied:
+    """Replace hidden activations that saturate (sigmoid, tanh, ...) or, unless by ReLU itself, die (ReLU), in place.
+
+    Activations at the output and gates, whose result multiplies something else, stay what they are, unless they are
+    named. So do activations that code calls as functions (``torch.sigmoid(x)``): they cannot be rewritten, and
+    ``skipped`` says in whose code they are.
+
+    Args:
+        model: The model, changed in place.
+        to: The new activation; ``"leaky-relu"`` has slope 0.01.
+        batch: A batch to run once, which shows what is hidden, output and gate; may be left out for a plain
+            ``nn.Sequential``.
+        compute_loss: Where the batch holds more than the model's inputs: called as ``compute_loss(model, batch)``.
+        modules: Names of the activation modules to replace, of whatever kind; ``None`` for those above.
+        initialize_layers: Draw the weights of the layers before them anew, with the gain of the new activation: a
+            stack with the weights of another does not keep the size of its signals. What was learnt there is lost.
+        generator: Seed for the new weights.
+        optimizer: The optimizer or optimizers; the state of weights drawn anew begins anew.
+        dry_run: Say what would be done and change nothing.
+
+    Returns:
+        What was done; ``.undo()`` puts everything back.
+
+    Raises:
+        ValueError: If an argument is unknown.
+        UnsupportedModelError: If there is nothing to replace; the message says what stands in the way.
+
+    Source:
+        Glorot, Bordes, Bengio (2011), "Deep Sparse Rectifier Neural Networks", AISTATS; He, Zhang, Ren, Sun (2015),
+        arXiv 1502.01852, for the weights that go with it.
+    """
+    if to not in get_args(ActivationName):
+        raise ValueError(f"to must be one of {', '.join(get_args(ActivationName))}, got {to!r}")
+    optimizers = checked(model, optimizer)
+    named = chosen(model, modules)
+    found = survey(model, batch, compute_loss)
+    edits, skipped, layers = _plan(found, to, named)
+    if initialize_layers and layers and dry_run:
+        edits = [*edits, *(Edit(words=f"{name}: weight drawn anew for {to}", make=_nothing) for name in layers)]
+    applied = operate(to, model, optimizers, edits, skipped, dry_run=dry_run, batch=batch, compute_loss=compute_loss)
+    if not initialize_layers or not layers or dry_run:
+        return applied
+    again = partial(
+        initialize,
+        model,
+        "he",
+        batch=batch,
+        compute_loss=compute_loss,
+        modules=layers,
+        generator=generator,
+        optimizer=optimizers,
+    )
+    return chain(applied, again)
+
+
+def _nothing(kept: Ledger) -> nn.Module:
+    raise NotImplementedError  # of a dry run, which makes no edit
+
+
+def _plan(
+    found: Survey, to: ActivationName, named: dict[str, nn.Module] | None
+) -> tuple[list[Edit], dict[str, str], list[str]]:
+    kinds = _SATURATING if to == "relu" else _SATURATING + _DYING
+    edits: list[Edit] = []
+    layers: dict[str, None] = {}
+    skipped = _in_code(found, to)
+    for raw, module in found.model.named_modules():
+        name = clean_name(raw)
+        if named is not None and all(module is not other for other in named.values()):
+            continue
+        if named is None and (type(module) not in kinds):
+            continue
+        if named is not None and describe(module).role != "activation":
+            raise ValueError(f"modules names {name!r}, which is {type(module).__name__} and no activation")
+        reason = _why_not(found, module, by_name=named is not None)
+        if reason is not None:
+            skipped[name] = reason
+            continue
+        layers.update(dict.fromkeys(_layers_before(found, module)))
+        edits.append(
+            Edit(words=f"{name}: {type(module).__name__} > {type(_NEW[to]()).__name__}", make=partial(_put, module, to))
+        )
+    return edits, skipped, list(layers)
+
+
+def _in_code(found: Survey, to: ActivationName) -> dict[str, str]:
+    """Return where code calls as functions what would be replaced if it were modules."""
+    wanted = _SATURATING_FUNCTIONS if to == "relu" else _SATURATING_FUNCTIONS | _DYING_FUNCTIONS
+    calls: dict[str, list[str]] = {}
+    for (place, function), count in sorted(found.functional(wanted).items()):
+        times = "once" if count == 1 else f"{count} times"
+        calls.setdefault(f"{place}.forward".lstrip("."), []).append(f"{function} {times}")
+    return {
+        place: f"its code calls {' and '.join(words)} as functions, which cannot be rewritten from outside: use modules"
+        for place, words in calls.items()
+    }
+
+
+def _why_not(found: Survey, module: nn.Module, *, by_name: bool) -> str | None:
+    for attribute in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        if getattr(module, attribute):
+            return "it has hooks, which would be lost with it"
+    for outer in found.model.modules():
+        flagged = getattr(outer, "activation_relu_or_gelu", 0)
+        if isinstance(outer, nn.TransformerEncoderLayer) and outer.activation is module and flagged:
+            return "torch's TransformerEncoderLayer computes its activation itself in evaluation mode, past any module"
+    return None if by_name else _not_hidden(found, module)
+
+
+def _not_hidden(found: Survey, module: nn.Module) -> str | None:
+    """Return why an activation is not a hidden one, ``None`` where it is."""
+    if found.trace is None:
+        order = [m for m in found.model.modules() if next(m.children(), None) is None or affine(m)]
+        rest = order[next(i for i, m in enumerate(order) if m is module) + 1 :]
+        return None if any(affine(m) for m in rest) else "it is at the output"
+    uses = [
+        op for op in found.trace.ops if found.owners.get(op.index, (None,))[0] is module and op.kind == "activation"
+    ]
+    if not uses:
+        return "it did not run on the batch"
+    for op in uses:
+        if any(found.trace.ops[child].kind == "product" for child in found.trace.children[op.index]):
+            return "it is a gate: its result multiplies something else"
+        if not any(found.trace.ops[index].kind == "layer" for index in found.trace.descendants(op.index)):
+            return "it is at the output"
+    return None
+
+
+def _layers_before(found: Survey, module: nn.Module) -> list[str]:
+    """Return the layers whose output the activation takes, past normalization, reshaping and sums."""
+    if found.trace is None:
+        order = [(name, m) for name, m in found.model.named_modules() if next(m.children(), None) is None or affine(m)]
+        before = order[: next(i for i, (_, m) in enumerate(order) if m is module)]
+        return [clean_name(name) for name, m in before if affine(m)][-1:]
+    names = {id(m): clean_name(name) for name, m in found.layers()}
+    queue = [i for op in found.trace.ops if found.owners.get(op.index, (None,))[0] is module for i in op.parents]
+    layers = []
+    while queue:
+        op = found.trace.ops[queue.pop(0)]
+        if op.kind == "layer" and id(op.module) in names:
+            layers.append(names[id(op.module)])
+        elif op.kind in {"norm", "shape", "sum"}:
+            queue += op.parents
+    return layers
+
+
+def _put(module: nn.Module, to: ActivationName, kept: Ledger) -> nn.Module:
+    new = _NEW[to]().train(module.training)
+    kept.replace(module, new)
+    return new
