@@ -276,7 +276,8 @@ def test_demo_as_json_is_one_object_with_both_diagnoses() -> None:
     """The sick net has a vanishing gradient, its twin nothing at WARNING or above, already after a few steps."""
     data = demo()
 
-    assert list(data) == ["sick", "healthy"]
+    assert list(data) == ["sick", "healthy", "trial"]
+    assert data["trial"]["control"]["outcome"] == "untreated"
     assert (data["sick"]["primary"], data["sick"]["healthy"]) == ("GG101", False)
     assert data["sick"]["findings"][0]["cause"] == "activation derivative"
     assert (data["healthy"]["primary"], data["healthy"]["healthy"]) == (None, True)
@@ -305,6 +306,8 @@ def test_demo_prints_both_reports_in_80_columns() -> None:
     assert "of the held-out digits correctly; chance is 10%." in sick
     assert "GG101 vanishing-gradient" in sick
     assert "HEALTHY" in healthy
+    assert "cures tried on copies" in healthy
+    assert "batch-norm" in healthy
     assert "training the sick network" in result.stderr
     assert "sick: step 0: GG101 vanishing-gradient" in result.stderr
     assert "healthy: step" not in result.stderr

@@ -78,6 +78,36 @@ def test_updates_as_large_as_the_weights_and_a_loss_that_does_not_fall() -> None
     assert finding.evidence["suggested_lr"].value == pytest.approx(0.3 * 1e-3 / 0.5)
 
 
+@pytest.mark.parametrize(("dead", "found"), [(1.0, True), (0.2, False)])
+def test_one_look_is_enough_where_units_died_of_it(dead: float, found: bool) -> None:
+    """The first steps throw the weights so far that units never answer again: then the ratio falls by itself."""
+    history = owned(chain(layers=6, activation="ReLU"), {"update_ratio": 0.5}, at=lambda step: step == 0)
+
+    def kill(record: StepRecord) -> StepRecord:
+        lost = np.where(np.array(record.layers.roles) == "activation", dead if record.step > 2 else 0.1, NAN)
+        return replace(record, layer_values={**record.layer_values, "inactive_fraction": lost})
+
+    assert bool(find_learning_rate(changed(history, kill), CONFIG)) is found
+
+
+@pytest.mark.parametrize(("factor", "found"), [(3.0, True), (1.5, False)])
+def test_weights_that_double_between_two_looks_tell_of_the_rate(factor: float, found: bool) -> None:
+    """What the steps in between did is not seen, and what became of the weights is."""
+
+    def grow(record: StepRecord) -> StepRecord:
+        late = record.step > 2
+        roles = np.array(record.layers.roles) == "activation"
+        values = {**record.parameter_values, "update_ratio": np.full(len(record.parameters), 0.02)}
+        values["weight_norm"] = record.parameter_values["weight_norm"] * (factor if late else 1.0)
+        inactive = np.where(roles, 1.0 if late else 0.1, NAN)
+        layers = {**record.layer_values, "inactive_fraction": inactive}
+        return replace(record, parameter_values=values, layer_values=layers)
+
+    history = changed(chain(layers=6, activation="ReLU"), grow)
+
+    assert bool(find_learning_rate(history, CONFIG)) is found
+
+
 def test_a_loss_that_rises_makes_it_an_error() -> None:
     """From 2.3 to 40."""
     history = run(losses=[2.3 + 0.4 * step for step in range(101)])

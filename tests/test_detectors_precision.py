@@ -86,6 +86,36 @@ def test_updates_that_rounding_swallows_are_found() -> None:
 
 
 @pytest.mark.parametrize(
+    ("scalars", "found"),
+    [
+        ({"float16": 1.0, "loss_scale": 1.0}, True),
+        ({"float16": 1.0, "loss_scale": 1024.0}, False),
+        ({"loss_scale": 1.0}, False),
+    ],
+    ids=["float16 without a scaler", "a scaler at work", "float32"],
+)
+def test_gradients_that_are_all_zero_in_float16(scalars: dict[str, float], found: bool) -> None:
+    """Nothing is left to measure; that float16 computed it and that nothing scaled the loss is known."""
+
+    def edit(record: StepRecord) -> StepRecord:
+        zeros = np.zeros(len(record.layers))
+        values = {**record.layer_values, "delta_norm": zeros, "input_delta_norm": zeros}
+        return replace(record, layer_values=values, scalars={**record.scalars, **scalars})
+
+    history = changed(chain(layers=6, activation="Tanh"), edit)
+
+    assert [finding.severity for finding in find_underflow(history, CONFIG)] == [Severity.ERROR] * found
+
+
+@pytest.mark.parametrize(("share", "found"), [(0.7, False), (0.95, True)])
+def test_half_of_the_gradients_is_told_once_the_loss_is_known(share: float, found: bool) -> None:
+    """Three observations after a few steps: only where next to nothing is left."""
+    history = with_columns((0, 1, 2), flat(3), underflow_fraction=share)
+
+    assert bool(find_underflow(history, CONFIG)) is found
+
+
+@pytest.mark.parametrize(
     ("columns", "losses"),
     [
         ({"moved_fraction": 0.2, "rounding_unit": 2.0**-23}, None),

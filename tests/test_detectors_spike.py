@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gradguard
 from gradguard.config import GuardConfig
-from gradguard.detectors._spikes import last_spike
+from gradguard.detectors._spikes import last_spike, leap
 from gradguard.detectors.divergence import find_divergence
 from gradguard.detectors.spike import find_spike
 from gradguard.findings import Cause, Finding, Severity
@@ -153,6 +153,21 @@ def test_a_leap_before_the_loss_is_lost_is_its_root() -> None:
     finding = only(find_spike(losses_of([*noisy(60, 0.1), 1e6, math.nan]), CONFIG))
 
     assert (finding.severity, finding.step) == (Severity.WARNING, 60)
+
+
+def test_a_leap_that_grows_on_is_the_root_of_what_follows() -> None:
+    """One batch throws the loss up by 100, the next steps by more, and then it stays at chance."""
+    values = [*noisy(60, 0.1), 30.0, 1e4, 1e6, 1e3, *[2.3] * 40]
+    finding = only(find_spike(losses_of(values), CONFIG))
+
+    assert (finding.step, finding.severity, finding.cause, finding.standing) == (60, Severity.WARNING, Cause.DATA, True)
+
+
+def test_of_several_leaps_the_first_that_was_never_recovered_from_counts() -> None:
+    """A leap that came back before it does not."""
+    values = np.array([1.0] * 20 + [500.0] + [1.0] * 20 + [500.0] + [50.0] * 20 + [1e5, math.nan])
+
+    assert leap(values) == 41
 
 
 @pytest.mark.parametrize("values", [[], [math.nan] * 80, [*noisy(60, 0.1), 5.0, 50.0, math.nan], [-1.0] * 60 + [5.0]])

@@ -105,6 +105,19 @@ def test_a_stack_does_not_hide_the_rest_of_the_net(parts: tuple[Rows, ...]) -> N
     assert finding.code == "GG101"
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (stack([1e5, 1.0, 1.0, 1.0, 1.0, 1.0]), plain([1.0])),
+        (stack([1e-3] * 6), plain([1e-3, 1.0])),
+    ],
+    ids=["a class token of zeros", "the input of the classifier"],
+)
+def test_a_single_point_is_no_depth(parts: tuple[Rows, ...]) -> None:
+    """Without its first, or its last, nothing is left of the span."""
+    assert spans(*parts) == pytest.approx(0.0)
+
+
 def test_a_decoder_is_measured_by_itself() -> None:
     """The encoder's gradient comes from all decoder blocks: it is large although the decoder loses its own."""
     encoder = stack([1.0] * 6, name="encoder.layers")

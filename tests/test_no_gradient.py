@@ -7,7 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
+import gradguard
 from gradguard.config import GuardConfig
 from gradguard.detectors.no_gradient import find_missing_gradients
 from gradguard.findings import Cause, Finding, Severity
@@ -285,6 +289,14 @@ def test_a_cut_between_two_modules_is_placed_before_the_next_one() -> None:
     assert finding.message.startswith("The gradient is cut off before 6:")
 
 
+def test_a_cut_beside_a_branch_that_is_given_raw_data_is_placed_behind_its_own_end() -> None:
+    """What runs next takes none of it: the cut is not before that."""
+    finding = only(with_layer(with_zeros(net(), PREFIX), "input_delta_norm", 6, NAN))
+
+    assert finding.message.startswith(f"The gradient is cut off behind {finding.layer}:")
+    assert finding.layer == "4"
+
+
 @pytest.mark.parametrize(
     ("name", "row", "value"),
     [
@@ -381,3 +393,43 @@ def test_a_loss_at_its_minimum_is_no_illness() -> None:
     for losses in (falling(101), []):
         late = with_zeros(net(losses=losses), range(11), at=lambda step: step >= 20)
         assert find_missing_gradients(late, CONFIG) == []
+
+
+# ------------------------------------------------------------------------------------------------ several optimizers
+
+
+class Adversaries(nn.Module):
+    """A generator of points in the plane and its discriminator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        self.discriminator = nn.Sequential(nn.Linear(2, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_an_optimizer_that_steps_without_gradients_while_others_have_theirs(cut: bool) -> None:
+    """The generator's output is detached in its own step: it stands still, and the discriminator learns on."""
+    torch.manual_seed(0)
+    model = Adversaries()
+    optimizers = [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (model.generator, model.discriminator)]
+    with gradguard.watch(model, optimizers, every=5, on_finding="silent", on_error="raise") as guard:
+        for _ in range(30):
+            real, noise = 0.3 * torch.randn(32, 2) + 1.0, torch.randn(32, 4)
+            optimizers[1].zero_grad()
+            fake = model.generator(noise).detach()
+            loss = F.softplus(-model.discriminator(real)).mean() + F.softplus(model.discriminator(fake)).mean()
+            loss.backward()
+            guard.record(loss=loss, name="discriminator")
+            optimizers[1].step()
+            optimizers[0].zero_grad()
+            fake = model.generator(noise)
+            loss = F.softplus(-model.discriminator(fake.detach() if cut else fake)).mean()
+            loss.backward()
+            guard.record(loss=loss, name="generator")
+            optimizers[0].step()
+        diagnosis = guard.diagnose()
+
+    found = [(f.code, f.optimizer, f.layer) for f in diagnosis.findings if f.severity >= Severity.WARNING]
+    assert found == ([("GG104", "generator", "generator.2")] if cut else [])
+    assert diagnosis.healthy is not cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,9 +12,22 @@ from torch import Tensor, nn
 
 from gradguard.errors import MissingExtraError
 from gradguard.findings import Diagnosis, Finding
+from gradguard.outcomes import TrialResult
+from gradguard.remedies.applying import apply
+from gradguard.trials import trial
 from gradguard.watching import watch
 
-__all__ = ["CASES", "Case", "Digits", "Network", "accuracy", "load_digits", "train", "train_with_lightning"]
+__all__ = [
+    "CASES",
+    "Case",
+    "Digits",
+    "Network",
+    "accuracy",
+    "load_digits",
+    "train",
+    "train_with_lightning",
+    "try_cures",
+]
 
 _LAYERS = 20
 _WIDTH = 64
@@ -179,6 +193,43 @@ def train_with_lightning(
     from gradguard.integrations._lightning_demo import fit
 
     return fit(model.net, list(batches), learning_rate=_LEARNING_RATE, on_finding=on_finding, advance=advance)
+
+
+def try_cures(case: Case, digits: Digits, diagnosis: Diagnosis, *, steps: int, seed: int) -> tuple[TrialResult, float]:
+    """Try cures on the network of a case as it was before training; apply the best and train with it.
+
+    Args:
+        case: A sick one.
+        digits: The data.
+        diagnosis: What a run of it found.
+        steps: Steps of that run, and of the cured one.
+        seed: Seed of the weights and of the order of the batches.
+
+    Returns:
+        The trial, and the held-out accuracy of the cured network, NaN where nothing helped.
+    """
+    torch.manual_seed(seed)
+    model = Network(case)
+    batches = list(digits.batches(steps, seed=seed))
+    result = trial(model, batches, _loss, _adam, diagnosis=diagnosis, run_steps=steps, seed=seed)
+    if result.best is None:
+        return result, math.nan
+    optimizer = _adam(model)
+    apply(result.best, model, optimizer=optimizer, batch=batches[0], compute_loss=_loss)
+    for batch in batches:
+        optimizer.zero_grad()
+        _loss(model, batch).backward()
+        optimizer.step()
+    model.eval()
+    return result, accuracy(model, digits)
+
+
+def _adam(model: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=_LEARNING_RATE)
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def accuracy(model: Network, digits: Digits) -> float:

@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from gradguard._demo import CASES, Case, Network, accuracy, load_digits, train, train_with_lightning
+from gradguard._demo import CASES, Case, Network, accuracy, load_digits, train, train_with_lightning, try_cures
 from gradguard.errors import GradGuardError
 from gradguard.findings import Diagnosis, Finding, Severity
+from gradguard.outcomes import TrialResult
 from gradguard.preflight import check
 from gradguard.report.console import print_report
 
@@ -188,10 +189,12 @@ def run_demo(
 
     Args:
         lightning: Train through a Lightning Trainer with :class:`gradguard.GradGuardCallback`.
-        as_json: Print one JSON object with both diagnoses, under ``"sick"`` and ``"healthy"``.
+        as_json: Print one JSON object with both diagnoses and the trial: ``"sick"``, ``"healthy"``, ``"trial"``.
         steps: Optimizer steps for each network, at least 1.
         seed: Seed of the weights and of the order of the batches.
         progress: Show a progress bar on standard error.
+
+    Then cures are tried on copies of the sick network, and the best is applied and trained with.
 
     Returns:
         0: what the diagnoses say is no failure of the demo.
@@ -210,11 +213,14 @@ def run_demo(
             batches = digits.batches(steps, seed=seed)
             diagnosis = fit(model, batches, _announcer(case, bar, shown=progress), partial(bar.advance, task))
             results.append((case, diagnosis, accuracy(model, digits)))
+        sick, found, _ = results[0]
+        cure, cured = try_cures(sick, digits, found, steps=steps, seed=seed)
     if as_json:
-        text = json.dumps({case.label: diagnosis.to_dict() for case, diagnosis, _ in results}, indent=2)
-        sys.stdout.write(f"{text}\n")
+        data = {case.label: diagnosis.to_dict() for case, diagnosis, _ in results} | {"trial": cure.to_dict()}
+        sys.stdout.write(f"{json.dumps(data, indent=2)}\n")
     else:
         _print_reports(results, steps)
+        _print_cure(cure, cured, steps)
     return 0
 
 
@@ -235,6 +241,16 @@ def _print_reports(results: Sequence[tuple[Case, Diagnosis, float]], steps: int)
         console.print(f"\nThe {case.label} one: {case.title}, {steps} steps of Adam.", soft_wrap=True)
         console.print(f"It names {share:.0%} of the held-out digits correctly; chance is 10%.", soft_wrap=True)
         print_report(diagnosis, console)
+
+
+def _print_cure(cure: TrialResult, share: float, steps: int) -> None:
+    console = Console(highlight=False)
+    console.print("\nThe sick one again, from its first weights: cures tried on copies.", soft_wrap=True)
+    console.print(cure)
+    if cure.best is not None:
+        console.print(
+            f"With {cure.best.remedy} applied and {steps} steps of Adam it names {share:.0%} correctly.", soft_wrap=True
+        )
 
 
 def _progress_bar(*, shown: bool) -> Progress:

@@ -11,24 +11,22 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from gradguard._alerts import Alerts, is_main_process, missing_reason
+from gradguard._alerts import Alerts, missing_reason
 from gradguard._cadence import Cadence, FixedCadence
 from gradguard._closures import wrap_closure
 from gradguard._containment import Containment
 from gradguard._registry import enrol, strike
+from gradguard._verdicts import Verdicts
 from gradguard.errors import GradGuardWarning, UnsupportedModelError
-from gradguard.findings import Diagnosis, Finding
+from gradguard.findings import Finding
 from gradguard.monitors._hooks import HookSet, StepHook
 from gradguard.observing import Observing
-from gradguard.suggestions import ClipSuggestion, suggest_clip
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from gradguard.config import GuardConfig
-    from gradguard.history import History
 
 __all__ = ["Guard"]
 
@@ -39,7 +37,7 @@ _WAITING_LOSSES = 4096
 """Losses kept until the optimizer they belong to has stepped."""
 
 
-class Guard:
+class Guard(Verdicts):
     """Watches one model: decides when to observe, never how. Made by :func:`gradguard.watch`.
 
     With an optimizer, a step hook counts the steps; the hook also keeps the guard alive as long as the optimizer lives.
@@ -89,44 +87,6 @@ class Guard:
             self._hooks.add(optimizer.register_step_post_hook(StepHook(self, Guard._after_step, index)))
         self._arm_if_due()
         enrol(model, self)
-
-    @property
-    def history(self) -> History:
-        """What was observed so far."""
-        self._observing.drain_losses()
-        return self._observing.history
-
-    @property
-    def overhead(self) -> float:
-        """Share of wall time spent in gradguard since the first step, 0 to 1, seen from the host; NaN before that."""
-        if self._first_s is None or self._last_s <= self._first_s:
-            return math.nan
-        return self.overhead_s / (self._last_s - self._first_s)
-
-    @property
-    def overhead_s(self) -> float:
-        """Seconds spent in gradguard since attaching, seen from the host."""
-        return self._observing.overhead_s
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps seen, over all optimizers."""
-        return sum(self._steps)
-
-    @property
-    def step_counts(self) -> tuple[int, ...]:
-        """Optimizer steps seen, by optimizer."""
-        return tuple(self._steps)
-
-    @property
-    def observations(self) -> int:
-        """Observations made so far; asking costs nothing."""
-        return self._observing.history.observations
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """Findings as they were judged after the newest observation; :meth:`diagnose` judges anew."""
-        return self._findings
 
     def resume(self, step_counts: Sequence[int]) -> None:
         """Go on counting where an earlier run stopped, and look more densely first, as at the start of a run.
@@ -217,41 +177,6 @@ class Guard:
                 "Drop the call, or watch the model without an optimizer: gradguard.watch(model)"
             )
         self._complete(0)
-
-    def diagnose(self) -> Diagnosis:
-        """Return the verdict on everything observed so far."""
-        return self._observing.diagnose(steps=self.steps, batches=self._batches, overhead=self.overhead)
-
-    def report(self, console: Console | None = None, *, show_all: bool = False) -> Diagnosis:
-        """Print a report and return the diagnosis. Of several processes only the first prints.
-
-        Args:
-            console: A rich console to print to; standard output otherwise.
-            show_all: Print every layer and every finding, not only the interesting ones.
-        """
-        from gradguard.report.console import print_report
-
-        diagnosis = self.diagnose()
-        if is_main_process():
-            print_report(diagnosis, console, show_all=show_all)
-        return diagnosis
-
-    def suggest_clip(self, *, optimizer: int = 0) -> ClipSuggestion:
-        """Suggest a threshold for clipping by norm from the norms observed so far; ``print`` it or read its fields.
-
-        Raises:
-            NothingObservedError: If fewer than 20 finite norms of this optimizer were observed.
-        """
-        return suggest_clip(self.history, optimizer=optimizer)
-
-    @property
-    def clip_norm(self) -> float:
-        """Norm above which you clip, as far as you say so (GG601 needs it); NaN where it is not known."""
-        return self._observing.clip_norm
-
-    @clip_norm.setter
-    def clip_norm(self, norm: float) -> None:
-        self._observing.clip_norm = float(norm)
 
     def detach(self) -> None:
         """Remove every hook. What was observed stays readable; calling twice is harmless."""

@@ -324,6 +324,8 @@ class Observing:
         }
         if isinstance(self.losses, ScaledLossMonitor) and not math.isnan(self.losses.scale):
             scalars["skipped_steps"] = float(self.losses.skipped)
+        if self.signals.float16_seen:
+            scalars["float16"] = 1.0
         rates = parameters["lr"][mine > 0]
         if not np.isnan(rates).all():
             scalars["lr"] = float(np.nanmax(rates))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ def layer_gains(record: StepRecord, rows: NDArray[np.intp]) -> tuple[LayerGain, 
     return tuple(found)
 
 
+@functools.cache  # 30 ms of numerics, asked at every judgement
 def wished_deviation(activation: str) -> float:
     """Return the sigma_w that keeps the gradient's size behind an activation; NaN where it is unknown or no use.
 

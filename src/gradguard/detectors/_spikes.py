@@ -153,7 +153,7 @@ def leap(values: FloatArray) -> int | None:
     usual = np.median(np.lib.stride_tricks.sliding_window_view(known[:-1], _RECENT), axis=1)
     before, after = known[_RECENT - 1 : -1], known[_RECENT:]
     leaps = np.flatnonzero((usual > 0.0) & (before <= _CALM * usual) & (after > _LEAP * usual))
-    for index in leaps[::-1]:
+    for index in leaps:
         position = int(index) + _RECENT
         if _back(known[position + 1 :], position, 2.0 * float(usual[index])) is None:
             return position

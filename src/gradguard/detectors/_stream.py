@@ -18,6 +18,10 @@ _FEWEST_TAPS = 3
 """Blocks whose input has a gradient from which there is a stream. Ours: of four, the first may be given raw data."""
 
 
+_SUPPORT = 0.75
+"""Share of a span that must be left without one of its ends. Ours: a steady change over six points leaves 0.8 of it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
     """Gradient norms along the stream, one column per point, in execution order.
@@ -94,14 +98,28 @@ def stream_spans(stream: Stream, *, minimum: int = 6) -> FloatArray:
         stream: Of a run.
         minimum: Live points, and blocks of a stack, from which there is a depth to speak of.
     """
-    spans = supported_spans(stream.values, minimum_layers=minimum)
+    spans = _beyond_its_ends(stream.values, minimum)
     stacks = [block.rpartition(".")[0] for block in stream.blocks]
     deep = [name for name in dict.fromkeys(stacks) if name in _deep(stream, stacks, minimum)]
     for name in deep if len(deep) > 1 else ():
         columns = [index for index, stack in enumerate(stacks) if stack == name and stream.blocks[index]]
-        own = supported_spans(stream.values[:, columns], minimum_layers=minimum)
+        own = _beyond_its_ends(stream.values[:, columns], minimum)
         spans = np.where(np.abs(own) > np.abs(spans), own, spans)
     return np.where(stream.live() >= minimum, spans, np.nan)
+
+
+def _beyond_its_ends(values: FloatArray, minimum: int) -> FloatArray:
+    """Return the supported spans, or what is left of each without its first or its last point, where that is far less.
+
+    A single point is no depth: a class token of zeros is enlarged a thousandfold by the first normalization, and the
+    input of a classifier may lie far above a stream that has grown.
+    """
+    spans = supported_spans(values, minimum_layers=minimum)
+    for shorter in (values[:, 1:], values[:, :-1]):
+        rest = supported_spans(shorter, minimum_layers=minimum)
+        rest = np.where(np.isnan(rest) | (rest * spans < 0.0), 0.0, rest)
+        spans = np.where(np.abs(rest) >= _SUPPORT * np.abs(spans), spans, rest)
+    return spans
 
 
 def _deep(stream: Stream, stacks: list[str], minimum: int) -> set[str]:

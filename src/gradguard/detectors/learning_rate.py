@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradguard.config import GuardConfig
-from gradguard.detectors._episodes import Episode, last_episode
+from gradguard.detectors._episodes import BoolArray, Episode, last_episode
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import BLOW_UP, LossProgress, Trend, judge_losses, loss_growth, loss_progress
 from gradguard.detectors._numbers import power_of_ten
 from gradguard.detectors._spikes import leap
-from gradguard.detectors._updates import matrix_ratios, ratio_quantile
+from gradguard.detectors._updates import comparable, matrix_ratios, ratio_quantile
 from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
 from gradguard.records import FloatArray
@@ -36,6 +36,13 @@ healthy nets fall to 10^-5.9 only once they have converged, and at a usual rate 
 
 _LONG_AT_CHANCE = 100
 """Steps at chance that this takes. Ours."""
+
+_DOUBLED = 2.0
+"""Growth of a weight's norm that makes its rate too high by itself. Ours: a ratio of update to weight of 0.1 needs
+seven steps in one direction for it."""
+
+_FEW_STEPS = 5
+"""Steps within which it must have grown so. Ours: the gaps of the dense start."""
 
 _DECAYED = 0.1
 """Share of its peak below which a rate counts as the end of a schedule. Ours."""
@@ -72,7 +79,7 @@ def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Find
     medians = ratio_quantile(ratios, 0.5)
     known = ~np.isnan(medians)
     limit = config.update_ratio_high
-    if not (medians > _BLOWN_SHARE * limit).any():
+    if not ((medians > _BLOWN_SHARE * limit) | _weights_grow(history)).any():
         return None
     losses, loss = history.losses[1], loss_progress(history)
     at = leap(losses)
@@ -82,11 +89,14 @@ def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Find
     if blown and loss_growth(losses) > BLOW_UP:
         limit *= _BLOWN_SHARE
     at_once = blown or (loss.stuck and _units_lost(history, config))
-    episode = last_episode(medians > limit, known=known, patience=1 if at_once else config.update_patience)
+    above = medians > limit
+    if at_once:
+        above |= _weights_grow(history) & known
+    episode = last_episode(above, known=known, patience=1 if at_once else config.update_patience)
     if episode is None or not (loss.stuck or blown or (loss.erupted and loss.trend is not Trend.FALLEN)):
         return None
     steps = history.steps.astype(np.int64)
-    ratio = float(np.max(medians[episode.first : episode.last + 1]))
+    ratio = float(np.nanmax(medians[: episode.last + 1]))
     rose = blown or loss.erupted or loss.trend is Trend.RISEN
     outcome = "the numbers ceased to be finite" if blown else ("the loss rose" if rose else "the loss does not fall")
     return make_finding(
@@ -102,6 +112,21 @@ def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Find
         else min(0.85, 0.5 + 0.1 * min(episode.count, 3)),
         evidence=_evidence(history, episode, ratio, loss, note=f"above {limit:g}"),
     )
+
+
+def _weights_grow(history: History) -> BoolArray:
+    """Return the observations after which half of the matrices doubled within a few steps, shape ``[observations]``.
+
+    The steps between two observations are not seen, what they did to the weights is.
+    """
+    norms = np.where(comparable(history), history.parameter("weight_norm"), np.nan)
+    result = np.zeros(len(history), dtype=np.bool_)
+    if len(history) < 2:
+        return result
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        growth = ratio_quantile(norms[1:] / norms[:-1], 0.5)
+    result[:-1] = (growth > _DOUBLED) & (np.diff(history.steps) <= _FEW_STEPS)
+    return result
 
 
 def _units_lost(history: History, config: GuardConfig) -> bool:

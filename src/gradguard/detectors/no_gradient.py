@@ -40,7 +40,8 @@ def find_missing_gradients(history: History, config: GuardConfig) -> Sequence[Fi
     What ran must recur for ``growth_patience`` observations, what did not run for six. A gradient that used to come
     must stay away for longer; if its module does not even run any more, that is a matter of routing, and INFO. A check
     before the first step speaks after one look. Where *no* gradient was read in a run, it was read at the wrong moment:
-    that is no finding, and the diagnosis says so.
+    that is no finding, and the diagnosis says so; unless it is one of several optimizers, and a gradient did pass other
+    layers in its steps.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``absent``, ``grad_norm``, ``delta_norm``.
@@ -51,7 +52,7 @@ def find_missing_gradients(history: History, config: GuardConfig) -> Sequence[Fi
     if not len(history):
         return []
     if _nothing_arrived(history):
-        return [_independent_loss(history)] if history.info.preflight else []
+        return [_independent_loss(history)] if history.info.preflight else _idle_optimizer(history, config)
     findings = [*find_absent(history, config), *_zeros(history, config)]
     return sorted(findings, key=lambda finding: -finding.severity)
 
@@ -75,6 +76,39 @@ def _independent_loss(history: History) -> Finding:
         confidence=0.95,
         evidence={"parameters": Evidence(value=len(names), unit="parameters")},
     )
+
+
+def _idle_optimizer(history: History, config: GuardConfig) -> list[Finding]:
+    """One of several optimizers steps again and again without a gradient, while a backward pass runs elsewhere.
+
+    Elsewhere: through layers that others train. So it was not read at the wrong moment; what this optimizer holds is
+    cut off from the loss, as a generator is whose output was detached.
+    """
+    delta = history.layer("delta_norm")
+    at_step = history.scalar("grad_norm_at_step")
+    mask = np.asarray((delta > 0.0).any(axis=1) & ~(at_step > 0.0), dtype=np.bool_)
+    episode = last_episode(mask, patience=config.growth_patience)
+    if len(history.info.optimizers) < 2 or episode is None or not episode.standing:
+        return []
+    rows = np.flatnonzero((history.parameter("absent") == 1.0).any(axis=0))
+    names = tuple(dict.fromkeys(history.parameters.names[int(row)] for row in rows))
+    steps = history.steps.astype(np.int64)
+    last = history.parameters.layers[int(rows[-1])]
+    return [
+        make_finding(
+            "GG104",
+            Severity.ERROR,
+            f"None of the {len(names)} parameters of this optimizer gets a gradient, while the backward pass runs "
+            f"through other layers: what leaves {names_text((last,))} is cut off from its loss.",
+            step=int(steps[episode.first]),
+            last_step=int(steps[episode.last]),
+            layer=last,
+            layers=names,
+            cause=Cause.WIRING,
+            confidence=0.9,
+            evidence={"parameters": Evidence(value=len(names), unit="parameters")},
+        )
+    ]
 
 
 def _zeros(history: History, config: GuardConfig) -> list[Finding]:

@@ -23,6 +23,10 @@ _PATIENCE = 3
 _HALF = 1e-4
 """Rounding unit above which a type is half precision: float16 has 2^-10, bfloat16 2^-7, float32 2^-23."""
 
+_NEARLY_ALL = 0.9
+"""Share of entries that float16 rounds away which is told before the loss is known. Ours: nets that lose half of them
+often learn all the same."""
+
 _MOST_LOST = 0.9
 """Share of lost updates that is a warning even where the loss falls: a tenth of the weights learn. Ours."""
 
@@ -52,7 +56,7 @@ def find_underflow(history: History, config: GuardConfig) -> Sequence[Finding]:
     """
     shares = history.parameter("underflow_fraction")
     if not np.isfinite(shares).any():
-        return []
+        return _all_rounded_away(history)
     sizes = np.array(history.parameters.sizes, dtype=np.float64)
     norms = history.parameter("grad_norm")
     due = (history.parameter("trainable") == 1.0) & ~np.isnan(norms)
@@ -63,7 +67,10 @@ def find_underflow(history: History, config: GuardConfig) -> Sequence[Finding]:
     patience = 1 if history.info.preflight else _PATIENCE
     episode = last_episode((total >= config.underflow_fraction) & edge, known=known, patience=patience)
     loss = loss_progress(history)
+    early = loss.trend is Trend.UNKNOWN and history.losses[1].size > 0 and not history.info.preflight
     if episode is None or not episode.standing or loss.trend is Trend.FALLEN:
+        return []
+    if early and total[episode.last] < _NEARLY_ALL:  # adaptive optimizers learn from what is left: let the loss speak
         return []
     rows = [int(row) for row in np.flatnonzero(lost[episode.last] >= config.underflow_fraction)]
     names = tuple(dict.fromkeys(history.parameters.layers[row] for row in rows))
@@ -89,6 +96,40 @@ def find_underflow(history: History, config: GuardConfig) -> Sequence[Finding]:
                 "loss_scale": Evidence(value=float(scale), note="1 without a loss scaler"),
                 "observations": Evidence(value=episode.count, unit="observations", note="consecutive"),
                 "loss_trend": Evidence(value=str(loss.trend)),
+            },
+        )
+    ]
+
+
+def _all_rounded_away(history: History) -> list[Finding]:
+    """Tell of gradients that are all zero where float16 computed them without a scaler: nothing is left to measure."""
+    if history.info.preflight or len(history) < 2:
+        return []
+    delta = history.layer("delta_norm")
+    known = ~np.isnan(delta)
+    zero = known.any(axis=1) & ((delta == 0.0) | ~known).all(axis=1)
+    plain = (history.scalar("float16") == 1.0) & ~(history.scalar("loss_scale") > 1.0)
+    loss = loss_progress(history)
+    if not (zero & plain).all() or loss.trend is Trend.FALLEN:
+        return []
+    steps = history.steps.astype(np.int64)
+    names = tuple(history.layers.names[int(row)] for row in np.flatnonzero(known.any(axis=0)))
+    return [
+        make_finding(
+            "GG211",
+            Severity.ERROR,
+            f"float16 rounds every gradient away: it is exactly zero at all {len(names)} layers, computed in float16 "
+            "without a loss scaler.",
+            step=int(steps[0]),
+            last_step=int(steps[-1]),
+            layer=names[0] if names else None,
+            layers=names,
+            cause=Cause.PRECISION,
+            confidence=0.8,
+            evidence={
+                "zero_layers": Evidence(value=len(names), unit="layers"),
+                "loss_scale": Evidence(value=1.0, note="1 without a loss scaler"),
+                "observations": Evidence(value=len(history), unit="observations"),
             },
         )
     ]

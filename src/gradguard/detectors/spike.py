@@ -58,10 +58,12 @@ def find_spike(history: History, config: GuardConfig) -> Sequence[Finding]:
     if history.info.preflight:
         return []
     steps, losses = history.losses
+    leapt = _of_leap(history, config, steps, losses)
     if losses.size and not np.isfinite(losses[-1]):
-        leapt = _of_leap(history, config, steps, losses)
         return [] if leapt is None else [leapt]
-    of_loss = _of_loss(history, config, steps, losses) or _of_leap(history, config, steps, losses)
+    of_loss = _of_loss(history, config, steps, losses)
+    if leapt is not None and (of_loss is None or leapt.step < of_loss.step):
+        of_loss = leapt
     found = [finding for finding in (of_loss, _of_gradient(history, config)) if finding]
     found.sort(key=lambda finding: (finding.severity, finding.standing, finding.step))
     if len(found) == 2 and 0 <= found[1].step - found[0].step <= EPISODE:  # one event, seen twice

@@ -247,7 +247,7 @@ class GradientMonitor:
         for counts in self._moments:
             for position, (row, size) in enumerate(zip(counts.rows, counts.sizes, strict=True)):
                 square, limited, live, ratio = (counts.value(readback, position, kind) for kind in range(4))
-                columns["second_moment_rms"][row] = math.sqrt(square / size)
+                columns["second_moment_rms"][row] = math.sqrt(square / size) if size else math.nan
                 columns["epsilon_fraction"][row] = limited / live if live > 0.0 else math.nan
                 columns["update_rms"][row] = math.sqrt(ratio / live) / scale if live > 0.0 else math.nan
 
