@@ -112,6 +112,9 @@ class History:
         self._profiles: dict[int, Mapping[str, TemporalProfile]] = {}
         self._cache: dict[tuple[str, str], FloatArray] = {}
         self._tables: tuple[LayerTable, ParameterTable] | None = None
+        self._layouts: dict[str, tuple[FloatArray, Mapping[int, list[int]]]] = {}
+        self._kept: tuple[StepRecord, ...] | None = None
+        self._loss_columns: tuple[FloatArray, FloatArray] | None = None
 
     def append(self, record: StepRecord) -> None:
         """Add an observation; where there are too many, the middle is thinned out."""
@@ -121,11 +124,13 @@ class History:
         self._records.append(record)
         self._seen[record.optimizer] += 1
         self._cache.clear()
-        self._tables = None
+        self._layouts.clear()
+        self._tables = self._kept = None
 
     def note_loss(self, step: int, loss: float, *, optimizer: int = 0) -> None:
         """Add the loss of one step; non-finite losses are kept as they are."""
         self._losses.append((step, loss, optimizer))
+        self._loss_columns = None
 
     def note_origin(self, origin: NonFiniteOrigin) -> None:
         """Add what made a step's numbers non-finite; the first 32 are kept."""
@@ -158,19 +163,23 @@ class History:
     @property
     def records(self) -> Sequence[StepRecord]:
         """The kept observations, oldest first."""
-        return tuple(self._records.items())
+        if self._kept is None:
+            self._kept = tuple(self._records.items())
+        return self._kept
 
     @property
     def steps(self) -> FloatArray:
         """Optimizer step of each observation, shape ``[observations]``."""
-        return np.array([record.step for record in self.records], dtype=np.float64)
+        return self._of_records("step", "", lambda record: record.step)
 
     @property
     def losses(self) -> tuple[FloatArray, FloatArray]:
         """Steps and losses, oldest first, each of shape ``[losses]``; kept for every step, not only observed ones."""
-        kept = self._losses.items()
-        steps = np.array([step for step, *_ in kept], dtype=np.float64)
-        return steps, np.array([loss for _, loss, _ in kept], dtype=np.float64)
+        if self._loss_columns is None:
+            kept = self._losses.items()
+            steps = np.array([step for step, *_ in kept], dtype=np.float64)
+            self._loss_columns = _fixed(steps), _fixed(np.array([loss for _, loss, _ in kept], dtype=np.float64))
+        return self._loss_columns
 
     @property
     def profiles(self) -> Mapping[str, TemporalProfile]:
@@ -189,17 +198,15 @@ class History:
 
     def scalar(self, name: str) -> FloatArray:
         """Return a scalar per observation, shape ``[observations]``; NaN where it is unknown."""
-        return np.array([record.scalars.get(name, np.nan) for record in self.records], dtype=np.float64)
+        return self._of_records("scalar", name, lambda record: record.scalars.get(name, np.nan))
 
     def layer(self, name: str) -> FloatArray:
         """Return a layer statistic, shape ``[observations, layers]``; NaN where a layer was not observed."""
-        names = self.layers.names
-        return self._column("layer", name, names, lambda r: (r.layers.names, r.layer_values.get(name)))
+        return self._column("layer", name, [record.layer_values.get(name) for record in self.records])
 
     def parameter(self, name: str) -> FloatArray:
         """Return a parameter statistic, shape ``[observations, parameters]``; NaN where it was not observed."""
-        names = self.parameters.names
-        return self._column("parameter", name, names, lambda r: (r.parameters.names, r.parameter_values.get(name)))
+        return self._column("parameter", name, [record.parameter_values.get(name) for record in self.records])
 
     def split(self) -> tuple[History, ...]:
         """Return one history per optimizer that was observed; a run with one optimizer returns itself."""
@@ -233,28 +240,46 @@ class History:
             )
         return self._tables
 
-    def _column(
-        self,
-        group: str,
-        name: str,
-        names: tuple[str, ...],
-        read: Callable[[StepRecord], tuple[tuple[str, ...], FloatArray | None]],
-    ) -> FloatArray:
+    def _column(self, group: str, name: str, values: Sequence[FloatArray | None]) -> FloatArray:
+        """Return the values of all observations under each other, each at the rows of the union of tables."""
         key = (group, name)
         if key not in self._cache:
-            column = np.full((len(self._records), len(names)), np.nan)
-            position = {row: index for index, row in enumerate(names)}
-            for index, record in enumerate(self.records):
-                rows, values = read(record)
-                if values is None:
-                    continue
-                if rows == names:
-                    column[index] = values
-                else:
-                    column[index, [position[row] for row in rows]] = values
-            column.setflags(write=False)
-            self._cache[key] = column
+            unknown, places = self._places(group)
+            rows = [unknown if value is None else value for value in values]
+            for index, place in places.items():  # a layer came or went since
+                rows[index] = unknown.copy()
+                if (value := values[index]) is not None:
+                    rows[index][place] = value
+            self._cache[key] = _fixed(np.array(rows, dtype=np.float64).reshape(len(rows), len(unknown)))
         return self._cache[key]
+
+    def _places(self, group: str) -> tuple[FloatArray, Mapping[int, list[int]]]:
+        """Return a row of NaN, and where the values of those observations belong whose table is not the union."""
+        if group not in self._layouts:
+            names = (self.layers if group == "layer" else self.parameters).names
+            position = {row: index for index, row in enumerate(names)}
+            tables = (record.layers if group == "layer" else record.parameters for record in self.records)
+            self._layouts[group] = (
+                np.full(len(names), np.nan),
+                {
+                    index: [position[row] for row in table.names]
+                    for index, table in enumerate(tables)
+                    if table.names != names
+                },
+            )
+        return self._layouts[group]
+
+    def _of_records(self, group: str, name: str, read: Callable[[StepRecord], float]) -> FloatArray:
+        key = (group, name)
+        if key not in self._cache:
+            self._cache[key] = _fixed(np.array([read(record) for record in self.records], dtype=np.float64))
+        return self._cache[key]
+
+
+def _fixed(column: FloatArray) -> FloatArray:
+    """Return a column that nobody can write to: the next reader gets the same."""
+    column.setflags(write=False)
+    return column
 
 
 def _merge(tables: Sequence[Table], empty: Table) -> Table:
