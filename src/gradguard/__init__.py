@@ -20,7 +20,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradguard import clip, errors, findings, rules, testing, theory
+    from gradguard import clip, errors, findings, rules, spectra, testing, theory
     from gradguard.config import GuardConfig
     from gradguard.errors import (
         GradGuardError,
@@ -69,13 +69,14 @@ __all__ = [
     "errors",
     "findings",
     "rules",
+    "spectra",
     "testing",
     "theory",
     "trial",
     "watch",
 ]
 
-_SUBMODULES = ("clip", "errors", "findings", "rules", "testing", "theory")
+_SUBMODULES = ("clip", "errors", "findings", "rules", "spectra", "testing", "theory")
 _NAMES = {
     "gradguard.config": ("GuardConfig",),
     "gradguard.errors": (
