@@ -9,6 +9,7 @@ imports neither torch nor Lightning.
 :func:`check`               Check a model before its first step; returns a :class:`Diagnosis`.
 :class:`GradGuardCallback`  Watch a Lightning run, for ``lightning.pytorch`` and ``pytorch_lightning``.
 :mod:`gradguard.clip`       Gradient clipping.
+:mod:`gradguard.spectra`    Singular values and spectral radii of weights.
 :mod:`gradguard.testing`    Assertions for test suites.
 ==========================  =======================================================================================
 """

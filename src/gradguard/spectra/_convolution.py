@@ -19,7 +19,7 @@ from gradguard.spectra._tensors import check_rtol, private_start, scaled, whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["conv_sigma_max", "conv_singular_values", "kernel_bounds"]
+__all__ = ["Conv", "conv_power_step", "conv_sigma_max", "conv_singular_values", "kernel_bounds"]
 
 Conv = (
     nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -89,6 +89,31 @@ def conv_sigma_max(
         max_iterations=max_iterations,
         scale=scale,
     )
+
+
+def conv_power_step(module: nn.Module, input_size: Sequence[int], start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return an estimate of :func:`conv_sigma_max` from below by one power iteration, and the vector to go on from.
+
+    The device is not waited for, and nothing is checked. The weight may hold NaN: so does the estimate, and the vector
+    stays.
+
+    Args:
+        module: ``nn.Conv1d`` to ``nn.ConvTranspose3d``.
+        input_size: Length of each spatial dimension of the input, without batch and channels.
+        start: ``[in_channels, *input_size]``; ``None`` starts from a random vector of its own generator.
+    """
+    conv = _as_conv(module)
+    weight = conv.weight.detach()
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight = weight.float()
+    shape = (conv.in_channels, *input_size)
+    if start is None or start.shape != shape or start.dtype != weight.dtype or start.device != weight.device:
+        start = private_start(shape, weight)
+    with torch.no_grad():
+        image = _normal_map(conv, weight, shape)(start)
+        norm = torch.linalg.vector_norm(image)
+        moved = image / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        return norm.sqrt(), torch.where((norm > 0.0) & norm.isfinite(), moved, start)
 
 
 def conv_singular_values(module: nn.Module, input_size: int | Sequence[int]) -> Tensor:

@@ -73,8 +73,13 @@ def named_matrices(module: nn.Module, *, name: str = "") -> Iterator[NamedMatrix
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         yield from _recurrent(module)
         return
-    for key, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim != 2 or not parameter.is_floating_point() or isinstance(parameter, nn.UninitializedParameter):
+    for key, parameter in module._parameters.items():
+        if (
+            parameter is None
+            or parameter.ndim != 2
+            or not parameter.is_floating_point()
+            or isinstance(parameter, nn.UninitializedParameter)
+        ):
             continue
         weight = parameter.detach()
         rows, columns = weight.shape
@@ -89,8 +94,8 @@ def named_matrices(module: nn.Module, *, name: str = "") -> Iterator[NamedMatrix
 def _recurrent(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[NamedMatrix]:
     kind = next((kind for kind in _GATES if kind in type(module).__name__ or kind == getattr(module, "mode", "")), "")
     gates = _GATES.get(kind, ("",))
-    for key, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim != 2 or key.startswith("weight_hr"):
+    for key, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim != 2 or key.startswith("weight_hr"):
             continue
         weight = parameter.detach()
         recurrent = key.startswith("weight_hh")
