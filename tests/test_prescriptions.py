@@ -17,7 +17,7 @@ from gradguard.prescriptions import prescribe, prescriptions_for
 from gradguard.rules import RULES
 from tests.histories import chain, decaying
 
-JUDGED = sorted(code for code, rule in RULES.items() if rule.available)
+JUDGED = sorted(RULES)
 
 
 def found(code: str, cause: Cause = Cause.UNKNOWN, **evidence: float | str) -> Finding:

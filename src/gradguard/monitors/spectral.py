@@ -2,11 +2,12 @@
 
 At the reading point, before the update, from the weights alone: no hook is set, no gradient or random state touched, no
 number waited for. Matrices of one shape are measured together. Embeddings are left out: a lookup picks rows, and no
-vector is ever multiplied with the table.
+vector is ever multiplied with the table. Of other modules only what is called a weight or a kernel counts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,9 @@ _GROWTH_ENTRIES = 1 << 27
 
 _STACKED = 1 << 16
 """Matrices of up to this many entries are copied into one tensor and multiplied together. Ours."""
+
+_WEIGHT = re.compile(r"weight|kernel")
+"""Names of parameters that are multiplied with vectors, rather than positions, tokens or masks."""
 
 _Row = tuple[str, str, NamedMatrix | None]
 """Name of a row, name of its layer, and its matrix; ``None`` for a convolution."""
@@ -129,7 +133,7 @@ class SpectralMonitor:
                 continue
             for found in named_matrices(module, name=layer):
                 matrix = found.matrix
-                if matrix.numel() == 0 or matrix.is_meta:
+                if matrix.numel() == 0 or matrix.is_meta or not _WEIGHT.search(found.parameter):
                     continue
                 alone = len(rows) if matrix.numel() > _STACKED else -1
                 groups.setdefault((matrix.shape, matrix.dtype, matrix.device, found.is_recurrent, alone), []).append(
@@ -182,7 +186,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for raw, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) or _has_hidden_matrix(module):
             continue
-        own = {id(p) for p in module._parameters.values() if p is not None and p.ndim >= 2}
+        own = {id(p) for key, p in module._parameters.items() if p is not None and p.ndim >= 2 and _WEIGHT.search(key)}
         if own and not own <= seen:
             seen |= own
             yield clean_name(raw, unwrap=unwrap), module

@@ -48,6 +48,8 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG301", None): ("he-initialization", "batch-norm", "leaky-relu"),
         ("GG302", Cause.DATA): ("standardize-input", "layer-norm", "relu"),
         ("GG302", None): ("xavier-initialization", "layer-norm", "relu"),
+        ("GG401", None): ("orthogonal-recurrent", "gated-cell"),
+        ("GG402", None): ("lower-learning-rate", "layer-norm"),
         ("GG403", None): ("he-initialization", "layer-norm", "residual"),
         ("GG501", None): _RATE,
         ("GG502", None): ("higher-learning-rate",),
