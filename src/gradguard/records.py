@@ -103,7 +103,7 @@ attention layer are matrices of their own; see :class:`MatrixTable`). They are o
                      each later one, from where the last ended. Of a convolution that of the operator on an input as
                      large as the last one. NaN or inf where an entry is.
 ``spectral_radius``  Largest absolute eigenvalue of a recurrent matrix, from the growth over 100 products at the first
-                     observation (fewer above 1024 x 1024) and 8 more at each later one; NaN for other matrices.
+                     observation and 32 more at each later one, fewer of large ones; NaN for other matrices.
 ===================  ==================================================================================================
 
 Scalars: ``grad_norm`` (total over this optimizer's parameters, before clipping), ``grad_norm_at_step`` (the same when
