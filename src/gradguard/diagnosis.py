@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from gradguard.config import GuardConfig
+from gradguard.detectors._attribution import layer_gains, single_sigmas
 from gradguard.detectors._depth import TRUNK_ROLES, power, trunk, weight_layers
 from gradguard.detectors._loss import loss_progress
 from gradguard.detectors._numbers import column, signal
@@ -287,6 +288,8 @@ def _profile(part: History, findings: Sequence[Finding]) -> tuple[LayerProfile, 
     marks = _marks(record, findings)
     active = _active_fractions(record)
     forward = column(record, "forward_rms")
+    predicted = {gain.row: gain.predicted for gain in layer_gains(record, np.array(rows, dtype=np.intp))}
+    sigma = single_sigmas(record)
     return tuple(
         LayerProfile(
             name=name,
@@ -296,6 +299,8 @@ def _profile(part: History, findings: Sequence[Finding]) -> tuple[LayerProfile, 
             gain=gains.get(row, math.nan),
             forward_rms=float(forward[row]),
             active_fraction=float(active[row]),
+            predicted_gain=predicted.get(row, math.nan),
+            sigma=sigma.get(name, math.nan),
             trunk=table.roles[row] in TRUNK_ROLES,
             mark=marks.get(name, ""),
         )

@@ -19,7 +19,7 @@ from torch import nn
 from gradguard._run_info import describe_run
 from gradguard.detectors import DEFAULT_DETECTORS, Detector, run_detectors
 from gradguard.diagnosis import diagnose, link_findings
-from gradguard.findings import Diagnosis, Finding, Unobserved
+from gradguard.findings import Diagnosis, Finding, MatrixSpectrum, Unobserved
 from gradguard.history import History
 from gradguard.monitors import (
     GradientMonitor,
@@ -30,6 +30,7 @@ from gradguard.monitors import (
     TemporalMonitor,
 )
 from gradguard.monitors._reduce import Handle, Norm, Readback
+from gradguard.monitors.exact_spectra import exact_spectra
 from gradguard.monitors.gradients import total_norm
 from gradguard.monitors.loss_scale import ScaledLossMonitor
 from gradguard.prescriptions import prescribe
@@ -287,6 +288,11 @@ class Observing:
             config=self._config,
         )
         return prescribe(replace(diagnosis, summary=replace(diagnosis.summary, overhead_s=self.overhead_s)))
+
+    def exact_spectra(self) -> tuple[MatrixSpectrum, ...]:
+        """Return the spectra of the weights as they are, exact or certified."""
+        with torch.no_grad():
+            return tuple(exact_spectra(self._model, self.signals.input_sizes))
 
     def close(self) -> None:
         """Remove every hook and let go of tensors; the history stays."""

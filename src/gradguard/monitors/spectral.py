@@ -28,7 +28,7 @@ from gradguard.spectra._tensors import private_start
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SpectralMonitor"]
+__all__ = ["SpectralMonitor", "followed_modules", "is_followed", "row_name"]
 
 _FIRST_ITERATIONS = 10
 """Power iterations at the first observation: 4 % short for Gaussian 256 x 256, 8 % for 1024. Source: algorithms C1."""
@@ -126,21 +126,21 @@ class SpectralMonitor:
     def _read(self, readback: Readback, input_sizes: Mapping[str, tuple[int, ...]]) -> None:
         rows: list[_Row] = []
         groups: dict[object, list[int]] = {}
-        for layer, module in _modules(self._model):
+        for layer, module in followed_modules(self._model):
             if isinstance(module, Conv):
                 if layer in input_sizes:
                     self._read_conv(readback, len(rows), layer, module, input_sizes[layer])
-                    rows.append((_join(layer, "weight"), layer, None))
+                    rows.append((row_name(layer, "weight"), layer, None))
                 continue
             for found in named_matrices(module, name=layer):
                 matrix = found.matrix
-                if matrix.numel() == 0 or matrix.is_meta or not _WEIGHT.search(found.parameter):
+                if not is_followed(found):
                     continue
                 alone = len(rows) if matrix.numel() > _STACKED else -1
                 groups.setdefault((matrix.shape, matrix.dtype, matrix.device, found.is_recurrent, alone), []).append(
                     len(rows)
                 )
-                rows.append((_join(layer, found.name), layer, found))
+                rows.append((row_name(layer, found.name), layer, found))
         self.table = _table(rows)
         with_matrix = [row[2] for row in rows]
         for indices in groups.values():
@@ -181,7 +181,12 @@ class SpectralMonitor:
         self._handles[statistic].update({row: (handle, offset) for offset, row in enumerate(indices)})
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def is_followed(found: NamedMatrix) -> bool:
+    """Whether this is a matrix that is multiplied with vectors, as far as its name tells."""
+    return found.matrix.numel() > 0 and not found.matrix.is_meta and bool(_WEIGHT.search(found.parameter))
+
+
+def followed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules whose weights are multiplied with vectors, each once, with their names; tied weights once."""
     unwrap = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
     seen: set[int] = set()
@@ -208,5 +213,6 @@ def _table(rows: list[_Row]) -> MatrixTable:
     )
 
 
-def _join(layer: str, name: str) -> str:
+def row_name(layer: str, name: str) -> str:
+    """Return the name of a matrix in its model."""
     return f"{layer}.{name}" if layer else name
