@@ -72,8 +72,8 @@ _SHAPES = frozenset(
 _MOVES = frozenset(
     {
         "__getitem__", "chunk", "contiguous", "expand", "expand_as", "flatten", "moveaxis", "movedim", "narrow",
-        "permute", "repeat", "reshape", "select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten",
-        "unsqueeze", "view", "view_as",
+        "permute", "repeat", "reshape", "select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind",
+        "unflatten", "unsqueeze", "view", "view_as",
     }
 )  # fmt: skip
 """Functions that give out the values they take, elsewhere: a gate behind one of them is a gate."""
