@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradguard._arguments import refuse_compiled
 from gradguard.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -206,9 +207,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: If it is compiled, scripted, or refuses to be copied.
     """
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        kind = "scripted" if isinstance(model, torch.jit.ScriptModule) else "compiled"
-        raise UnsupportedModelError(f"the model is {kind}: pass the module that it was made from")
+    refuse_compiled(model, "pass the module that it was made from")
     try:
         twin = copy.deepcopy(model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
