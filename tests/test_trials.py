@@ -182,6 +182,27 @@ def test_a_copy_that_blows_up_is_out() -> None:
     assert outcomes == {"rate": "best", "wild": "diverged"}
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (lambda loss: loss.detach(), "UnsupportedModelError: the loss depends on no trainable parameter"),
+        (lambda loss: {"loss": loss.expand(3)}, "ValueError: compute_loss must return a scalar, got a tensor of shape"),
+        (lambda loss: {"value": loss}, "TypeError: compute_loss must return a scalar tensor"),
+    ],
+    ids=["detached", "not a scalar", "no loss"],
+)
+def test_a_loss_that_cannot_be_used_stops_the_copy_and_says_so(given: Callable[[Tensor], Any], why: str) -> None:
+    """In the words of a check; nothing is raised, as another copy may be well."""
+    model = net()
+    lane = Lane("", 0, model, adam(model))
+    race = Race(Batches(batches(2), 2), lambda m, b: given(classification_loss(m, b)), base_seed=0)
+
+    race.advance(lane, 4)
+
+    assert lane.fault.startswith(why)
+    assert not lane.losses
+
+
 def test_gain_is_paired_by_step_and_infinite_losses_do_not_count_as_gain() -> None:
     """A control that diverged is taken at its worst finite loss."""
     model = nn.Linear(1, 1)

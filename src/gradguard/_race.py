@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from gradguard._arguments import refuse_compiled
-from gradguard.errors import UnsupportedModelError
+from gradguard._passes import scalar_loss
+from gradguard.errors import GradGuardError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.optim import Optimizer
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "check_memory",
     "checked_optimizer",
     "copy_of",
-    "loss_of",
     "paired_gain",
 ]
 
@@ -141,7 +140,7 @@ class Race:
             step = len(lane.losses)
             try:
                 value = self._take_step(lane, step)
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            except (GradGuardError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
                 lane.fault = f"{type(error).__name__}: {error}"
                 return
             self.steps_taken += 1
@@ -155,26 +154,10 @@ class Race:
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             torch.manual_seed(self._base_seed + 7919 * lane.seed + step)
             lane.optimizer.zero_grad()
-            loss = loss_of(self.compute_loss(lane.model, batch))
+            loss = scalar_loss(self.compute_loss(lane.model, batch))
             loss.backward()
             lane.optimizer.step()
         return float(loss.detach())
-
-
-def loss_of(found: Any) -> Tensor:
-    """Return the scalar loss out of what ``compute_loss`` gave.
-
-    Raises:
-        TypeError: If it is no tensor that depends on the model.
-        ValueError: If it is no scalar.
-    """
-    loss = found["loss"] if isinstance(found, dict) and "loss" in found else found
-    if not isinstance(loss, torch.Tensor):
-        kind = type(loss).__name__
-        raise TypeError(f"compute_loss must return a scalar tensor, or a mapping with 'loss', got {kind}")
-    if loss.numel() != 1:
-        raise ValueError(f"compute_loss must return a scalar, got a tensor of shape {tuple(loss.shape)}")
-    return loss
 
 
 def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[float, float]:
