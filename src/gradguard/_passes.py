@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradguard._untouched import cuda_devices
 from gradguard.errors import UnsupportedModelError
 from gradguard.monitors._reduce import dense
 
@@ -65,7 +66,7 @@ class Passes:
         self._model = model
         self._batch = batch
         self._compute_loss = compute_loss
-        self._devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        self._devices = cuda_devices(model)
         self._states = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002  # the user's global state is meant
         self._device_states = [torch.cuda.get_rng_state(index) for index in self._devices]
 

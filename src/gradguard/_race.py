@@ -15,6 +15,7 @@ from torch import nn
 
 from gradguard._arguments import refuse_compiled
 from gradguard._passes import scalar_loss
+from gradguard._untouched import cuda_devices
 from gradguard.errors import GradGuardError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Lane:
         optimizer: Its optimizer.
         losses: Loss of each step so far.
         fault: Why it was stopped; empty while it runs.
+        devices: CUDA devices of the copy, whose generators a step moves.
     """
 
     name: str
@@ -92,6 +94,10 @@ class Lane:
     optimizer: Optimizer
     losses: list[float] = field(default_factory=list)
     fault: str = ""
+    devices: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.devices = cuda_devices(self.model)
 
     def halves(self, until: int) -> tuple[float, float]:
         """Return the mean loss of the first and of the second half of the steps up to one."""
@@ -150,8 +156,7 @@ class Race:
 
     def _take_step(self, lane: Lane, step: int) -> float:
         batch = self._batches.at(step, lane.seed)
-        devices = sorted({p.device.index or 0 for p in lane.model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
             torch.manual_seed(self._base_seed + 7919 * lane.seed + step)
             lane.optimizer.zero_grad()
             loss = scalar_loss(self.compute_loss(lane.model, batch))
