@@ -131,16 +131,10 @@ def _weights_grow(history: History) -> BoolArray:
 
 def _units_lost(history: History, config: GuardConfig) -> bool:
     """Whether units that were at work when first observed lie dead or at their ends now: steps may have thrown them."""
-    for names, limit in (
-        (("inactive_fraction", "input_inactive_fraction"), config.dead_fraction_error),
-        (("saturated_fraction",), config.dead_fraction_error),
-    ):
-        for name in names:
-            shares = history.layer(name)
-            lost = (shares[-1] >= limit) & (shares[0] < config.dead_fraction_warning)
-            if lost.any():
-                return True
-    return False
+    return any(
+        bool(((shares[-1] >= config.dead_fraction_error) & (shares[0] < config.dead_fraction_warning)).any())
+        for shares in map(history.layer, ("inactive_fraction", "input_inactive_fraction", "saturated_fraction"))
+    )
 
 
 def find_too_low(history: History, config: GuardConfig) -> Finding | None:

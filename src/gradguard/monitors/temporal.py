@@ -31,6 +31,7 @@ from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
 from gradguard.monitors._profiles import CURVES, MINIMUM_STEPS, Curves, TemporalNumbers, summarise
 from gradguard.monitors._recurrence import Direction, Replayed, replay
 from gradguard.monitors._reduce import Readback
+from gradguard.monitors._targets import is_closed
 from gradguard.records import TEMPORAL_STATISTICS, FloatArray, TemporalProfile
 
 if TYPE_CHECKING:
@@ -335,9 +336,7 @@ def _targets(model: nn.Module) -> Iterator[tuple[_Recurrent, str]]:
     unwrap = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     skipped: set[int] = set()
     for raw, module in model.named_modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        compiled = compiled or type(module).__name__ == "OptimizedModule"
-        if id(module) in skipped or compiled or isinstance(module, torch.jit.ScriptModule):
+        if id(module) in skipped or is_closed(module):
             skipped.update(id(child) for child in module.modules())
         elif isinstance(module, _KNOWN) and not parametrize.is_parametrized(module):
             yield module, clean_name(raw, unwrap=unwrap)
