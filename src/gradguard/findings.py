@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
+from gradguard.actions import ActionSummary
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -276,6 +278,7 @@ class Diagnosis:
         unobserved: What could not be measured, and why.
         layers: Layers in execution order at the last observation.
         summary: The run in numbers.
+        actions: What was done to the steps of each optimizer while the run went on; empty where nothing may be done.
     """
 
     findings: tuple[Finding, ...]
@@ -285,6 +288,7 @@ class Diagnosis:
     unobserved: tuple[Unobserved, ...] = ()
     layers: tuple[LayerProfile, ...] = ()
     summary: RunSummary = field(default_factory=RunSummary)
+    actions: tuple[ActionSummary, ...] = ()
 
     @property
     def primary(self) -> Finding | None:
