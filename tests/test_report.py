@@ -842,6 +842,7 @@ def test_json_is_plain_and_versioned(make: Callable[[], Diagnosis]) -> None:
         "unobserved",
         "layers",
         "summary",
+        "actions",
     }
 
 

@@ -45,7 +45,7 @@ class ActionSummary:
         let_through: Spikes that were let through because the budget was spent.
         lr_factor: Factor on the learning rates of the schedule, 1 where nothing was taken off.
         remarks: What stood in the way, for instance why nothing is done any more.
-        newest: The newest acts, oldest first.
+        newest: The newest acts, and the newest of each kind; oldest first.
     """
 
     optimizer: str = ""

@@ -172,17 +172,18 @@ class Guard(Verdicts):
         For loops that clip by themselves later on; otherwise the step does it. Call between ``backward`` and that.
 
         Args:
-            optimizer: Whose gradients, where there are several.
+            optimizer: Whose gradients, where there are several; one that is not watched is left alone.
 
         Raises:
-            ValueError: If it is none of the watched optimizers, or none was given where there are several.
+            ValueError: If none is given where there are several.
         """
         if self._live is None or not self.attached:
             return
-        at = [i for i, known in enumerate(self._optimizers) if optimizer is None or known is optimizer]
-        if len(at) != 1:
-            raise ValueError(f"optimizer must be one of those watched ({self.optimizer_names}), got {optimizer!r}")
-        self._live.act(at[0])
+        if optimizer is None and len(self._optimizers) > 1:
+            raise ValueError(f"optimizer must say whose gradients are meant: {self.optimizer_names} are watched")
+        for index, known in enumerate(self._optimizers):
+            if optimizer is None or known is optimizer:
+                self._live.act(index)
 
     def read_unclipped(self, index: int) -> None:
         """Read the gradients of a step before a remedy changes them, if it is to be observed and was not read yet."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from gradguard.actions import Action, ActionSummary
 from gradguard.findings import Diagnosis
-from gradguard.report._format import measured, share
+from gradguard.report._format import measured, number, share
 
 __all__ = ["action_texts"]
 
@@ -32,15 +32,15 @@ def _acts(summary: ActionSummary) -> Iterable[str]:
         done.append(f"clipped {_of(summary.clipped, summary.steps)}{_last(newest.get('clip'))}")
     skipped = summary.spikes + summary.non_finite
     if skipped:
-        kinds = ((summary.spikes, "as a spike"), (summary.non_finite, "with NaN or infinity"))
-        split = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
-        done.append(f"skipped {_of(skipped, summary.steps)}: {split}{_last(newest.get('skip'))}")
+        kinds = ((summary.spikes, "as spikes"), (summary.non_finite, "with NaN or infinity"))
+        split = ", ".join(kind if count == skipped else f"{count} {kind}" for count, kind in kinds if count)
+        done.append(f"skipped {_of(skipped, summary.steps)} {split}{_last(newest.get('skip'))}")
     if summary.let_through:
         done.append(f"let {_steps(summary.let_through)} with a spike through, as the budget was spent")
     if summary.lr_factor < 1.0:
         lowered = newest.get("lr")
         since = "" if lowered is None else f" since step {lowered.step} ({lowered.why})"
-        done.append(f"learning rate times {measured(summary.lr_factor)}{since}")
+        done.append(f"learning rate times {number(summary.lr_factor)}{since}")
     return done or [f"nothing in {_steps(summary.steps)}" if summary.steps else "nothing"]
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["LiveRemedies"]
 
 _NEWEST = 5
-"""Acts of each optimizer that a diagnosis keeps. Ours; the guard has more."""
+"""Acts of each optimizer that a diagnosis keeps, beside the last of each kind. Ours; the guard has more."""
 
 _SAME = 0.98
 """Share of the norm read earlier in the step below which somebody has clipped in between. Ours: rounding of half
@@ -197,7 +197,7 @@ class LiveRemedies:
                 let_through=0 if hand.judge is None else hand.judge.let_through,
                 lr_factor=1.0 if hand.rate is None else hand.rate.factor,
                 remarks=tuple(hand.remarks),
-                newest=hand.ledger.actions(self._label(index))[-_NEWEST:],
+                newest=_newest(hand.ledger.actions(self._label(index))),
             )
             for index, hand in enumerate(self._hands)
         )
@@ -347,6 +347,12 @@ class LiveRemedies:
 
     def _label(self, index: int) -> str:
         return self._watcher.label(index)
+
+
+def _newest(acts: Sequence[Action]) -> tuple[Action, ...]:
+    """Return the newest acts, and the newest of each kind."""
+    last = {act.kind: at for at, act in enumerate(acts)}
+    return tuple(act for at, act in enumerate(acts) if at >= len(acts) - _NEWEST or at in last.values())
 
 
 def _state(hand: _Hand) -> dict[str, Any]:
