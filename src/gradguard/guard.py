@@ -220,13 +220,10 @@ class Guard(Verdicts):
 
     def detach(self) -> None:
         """Remove every hook. What was observed stays readable; calling twice is harmless."""
-        if not self.attached:
+        attached, self.attached = self.attached, False
+        self._remove_hooks()
+        if not attached:
             return
-        self.attached = False
-        self._hooks.close()
-        self._step_hooks.close()
-        if self._live is not None:
-            self._live.close()
         self._observing.drain_losses()
         self._observing.close()
         strike(self._model)
@@ -247,6 +244,12 @@ class Guard(Verdicts):
     def optimizer_names(self) -> str:
         """The watched optimizers in words."""
         return ", ".join(type(opt).__name__ for opt in self._optimizers) or "no optimizer"
+
+    def _remove_hooks(self) -> None:
+        self._hooks.close()
+        self._step_hooks.close()
+        if self._live is not None:
+            self._live.close()
 
     def _armed(self) -> bool:
         return any(cadence.due(step) for cadence, step in zip(self._cadences, self._steps, strict=True))
@@ -313,6 +316,8 @@ class Guard(Verdicts):
     def _after_step(self, index: int, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if self.attached:
             self._complete(index)
+        else:  # it has gone off in the middle of a step, when torch was walking through the hooks
+            self._remove_hooks()
 
     def _complete(self, index: int) -> None:
         started = self._tick()

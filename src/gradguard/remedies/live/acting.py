@@ -110,7 +110,7 @@ class LiveRemedies:
         self._model = model
         self._watcher = watcher
         self._scaled = scaler is not None and scaler.is_enabled()
-        self._stopped = False
+        self._off = False
         self._hooks = HookSet()
         clippers = make_clippers(options, model, optimizers, scaler)
         self._hands = [
@@ -135,10 +135,12 @@ class LiveRemedies:
             may_skip: Whether spikes may be left out; not after the first evaluation of a closure.
         """
         hand = self._hands[index]
-        if self._stopped or not hand.clippers:
+        if self._off or not hand.clippers:
             return
         started = time.perf_counter()
         self._watcher.read_unclipped(index)
+        if self._off:  # reading has failed, and the guard has gone off
+            return
         self._safely("acting on the gradients", lambda: self._treat(hand, index, may_skip=may_skip))
         hand.acted = True
         self.spent_s += time.perf_counter() - started
@@ -151,7 +153,7 @@ class LiveRemedies:
             findings: What stands now, consequences linked to causes.
         """
         hand = self._hands[index]
-        if self._stopped or hand.rate is None:
+        if self._off or hand.rate is None:
             return
         if _process_count() > 1:  # each process judges by its own losses and activations, and would decide alone
             self._remark(hand, "lr_backoff is off in a distributed run, whose processes might not decide alike")
@@ -178,7 +180,7 @@ class LiveRemedies:
     def was_skipped(self, index: int) -> bool:
         """Whether the step of this optimizer that has just ended was left out."""
         hand = self._hands[index]
-        if self._stopped:
+        if self._off:
             return False
         return any(clipper.last is not None and clipper.last.skipped for clipper in hand.clippers)
 
@@ -225,7 +227,8 @@ class LiveRemedies:
             hand.ledger.load_state_dict(one["ledger"])
 
     def close(self) -> None:
-        """Remove every hook, and put the learning rates back; calling twice is harmless."""
+        """Do nothing any more: remove every hook, put the learning rates back; calling twice is harmless."""
+        self._off = True
         self._hooks.close()
         for hand in self._hands:
             if hand.rate is not None:
@@ -261,7 +264,7 @@ class LiveRemedies:
             result = clipper.step(refuse=judge.refuse) if asked and judge is not None else clipper.step()
             if clipper.steps == seen:  # no gradient at all
                 return
-            if position == 0 and hand.whole and result.on_host:
+            if position == 0 and may_skip and hand.whole and result.on_host:
                 hand.norm = result.norm_before
             if result.skipped:
                 break
@@ -306,7 +309,7 @@ class LiveRemedies:
 
     def _before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hand = self._hands[index]
-        if self._stopped:
+        if self._off:
             return None
         if hand.rate is not None:
             self._safely("lowering the learning rate for a step", hand.rate.lend)
@@ -330,9 +333,10 @@ class LiveRemedies:
         rate = self._hands[index].rate
         if rate is not None:
             rate.give_back()
+        if self._off:  # in the middle of a step, when torch was walking through the hooks
+            self._hooks.close()
 
     def _fail(self, what: str, error: BaseException) -> None:
-        self._stopped = True
         self.close()
         for hand in self._hands:
             hand.remarks.append(f"{what} failed with {type(error).__name__}: {error}; nothing is done since then")
