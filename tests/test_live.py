@@ -21,7 +21,7 @@ from tests.models import digit_batch, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradguard. step.*GG:gradguard.GradGuardWarning")
 
-# ------------------------------------------------------------------------------------------------ off, and the healthy
+# ------------------------------------------------------------------------------------------------- off, and the healthy
 
 
 def test_nothing_is_done_and_no_hook_added_by_default() -> None:
@@ -40,7 +40,7 @@ def test_nothing_is_done_and_no_hook_added_by_default() -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["Adam", "SGD"])
 def test_healthy_run_is_left_alone(seed: int, kind: str) -> None:
-    """With all remedies on, a healthy run skips nothing, keeps its rate, and is clipped in less than 1 % of the steps."""
+    """With all remedies on, a healthy run skips nothing, keeps its rate, and is clipped in under 1 % of the steps."""
     torch.manual_seed(seed)
     model = mlp(4, init="he")
     make = {"Adam": partial(torch.optim.Adam, lr=1e-3), "SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9)}[kind]
@@ -54,7 +54,7 @@ def test_healthy_run_is_left_alone(seed: int, kind: str) -> None:
 
 def test_run_in_which_nothing_had_to_be_done_is_bit_identical() -> None:
     """Remedies that never act leave no trace: parameters and state are those of a run without them."""
-    results = []
+    results, guard = [], None
     for options in ({}, {**ALL, "every": 7}):
         torch.manual_seed(1)
         model = mlp(3, init="he")
@@ -66,7 +66,7 @@ def test_run_in_which_nothing_had_to_be_done_is_bit_identical() -> None:
     assert same(*results)
 
 
-# ------------------------------------------------------------------------------------------------------------ skipping
+# ------------------------------------------------------------------------------------------------------------- skipping
 
 
 OPTIMIZERS = {
@@ -174,12 +174,13 @@ def test_below_the_level_of_the_start_nothing_is_a_spike() -> None:
     assert not any(judge.refuse(norm) for norm in norms)
 
 
-# ------------------------------------------------------------------------------------------------------------ clipping
+# ------------------------------------------------------------------------------------------------------------- clipping
 
 
 def test_adaptive_is_the_clipper_of_that_name() -> None:
     """Training is bit for bit that with an attached Adaptive, and each cut is on record with both norms."""
-    results = []
+    results: list[Any] = []
+    acts: Any = ()
     for watched in (True, False):
         model = Tilt()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -206,7 +207,8 @@ GIVEN: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("name", GIVEN)
 def test_any_clipper_clips_before_the_step(name: str) -> None:
     """A clipper, or what makes one, gives what clip_grad_norm_ gives; history and report know both norms."""
-    results = []
+    results: list[Any] = []
+    watching: gradguard.Guard | None = None
     for watched in (True, False):
         torch.manual_seed(0)
         model = mlp(3)
@@ -220,9 +222,9 @@ def test_any_clipper_clips_before_the_step(name: str) -> None:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
         results.append(everything(model, optimizer))
-        if guard is not None:
-            watching = guard
+        watching = watching or guard
     assert same(*results)
+    assert watching is not None
     assert watching.clip_norm == 0.5
     before, at_step = (watching.history.scalar(name) for name in ("grad_norm", "grad_norm_at_step"))
     assert watching.diagnose().summary.clip_known
@@ -237,7 +239,7 @@ def test_results_on_the_device_are_counted_later() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard = gradguard.watch(model, optimizer, clip=clip.Norm(model, 1.0, non_finite="zero"))
     run(model, optimizer, slopes(70, {}), guard=guard)
-    hand = guard._live._hands[0]  # type: ignore[union-attr]
+    hand = guard._live._hands[0]
 
     assert len(hand.ledger._pending) == 6
     assert guard.diagnose().actions[0].clipped == 70

@@ -114,7 +114,7 @@ class Clipper:
 
     Attributes:
         non_finite: The policy for NaN and infinity.
-        skipped_steps: Steps whose gradients were taken away.
+        skipped_steps: Steps whose gradients were taken away because some were not finite.
         last: Result of the newest step, ``None`` before the first.
     """
 
@@ -204,7 +204,7 @@ class Clipper:
         self._skipped_in_a_row = 0
         before, non_finite = found.total, _negated(found.finite)
         if refuse is not None and math.isfinite(float(before)) and refuse(float(before)):
-            self._take_away(pairs)
+            _take_away(pairs)
             self.last = ClipResult(norm_before=before, norm_after=0.0, threshold=math.nan, engaged=False, skipped=True)
             return self.last
         if self._policy is NonFinite.ZERO and found.scale is None and found.finite is not True:
@@ -333,7 +333,8 @@ class Clipper:
                 f"{where}. No gradient was changed, and the optimizer has not stepped. Look at this step's "
                 'batch and loss, or pass non_finite="skip" to leave such steps out'
             )
-        self._take_away(pairs)
+        _take_away(pairs)
+        self.skipped_steps += 1
         self._skipped_in_a_row += 1
         # A scaler that has unscaled finds the same, skips the step as well and lowers its scale: that is its trade.
         count = self.skipped_steps if self._scaler is None else self._skipped_in_a_row
@@ -347,11 +348,6 @@ class Clipper:
         return ClipResult(
             norm_before=before, norm_after=0.0, threshold=math.nan, engaged=False, non_finite=True, skipped=True
         )
-
-    def _take_away(self, pairs: list[tuple[str, Tensor]]) -> None:
-        for _, parameter in pairs:
-            parameter.grad = None
-        self.skipped_steps += 1
 
     def _nothing_there(self) -> ClipResult:
         """Answer a call that found no gradient at all; a loop that never has one is called at the wrong moment."""
@@ -371,6 +367,11 @@ class Clipper:
         if wrapped is None:
             self.step()
         return wrapped
+
+
+def _take_away(pairs: list[tuple[str, Tensor]]) -> None:
+    for _, parameter in pairs:
+        parameter.grad = None
 
 
 def _negated(flag: Tensor | bool) -> Tensor | bool:  # noqa: FBT001  # it is the operand
