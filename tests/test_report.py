@@ -843,6 +843,7 @@ def test_json_is_plain_and_versioned(make: Callable[[], Diagnosis]) -> None:
         "layers",
         "summary",
         "spectra",
+        "actions",
     }
 
 

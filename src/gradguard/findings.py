@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
+from gradguard.actions import ActionSummary
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -311,6 +313,7 @@ class Diagnosis:
         layers: Layers in execution order at the last observation.
         summary: The run in numbers.
         spectra: Exact spectra of the weights, where a report in depth was asked for.
+        actions: What was done to the steps of each optimizer while the run went on; empty where nothing may be done.
     """
 
     findings: tuple[Finding, ...]
@@ -321,6 +324,7 @@ class Diagnosis:
     layers: tuple[LayerProfile, ...] = ()
     summary: RunSummary = field(default_factory=RunSummary)
     spectra: tuple[MatrixSpectrum, ...] = ()
+    actions: tuple[ActionSummary, ...] = ()
 
     @property
     def primary(self) -> Finding | None:

@@ -34,6 +34,8 @@ class _Removable(Protocol):
 class HookSet:
     """The handles of registered hooks; closing removes them all, twice is harmless.
 
+    Hooks of an optimizer that is walking through them at this moment stay until the next closing, as torch would fail.
+
     Example:
         >>> import torch
         >>> layer = torch.nn.Linear(2, 2)
@@ -52,8 +54,14 @@ class HookSet:
 
     def close(self) -> None:
         """Remove every hook."""
+        kept: list[_Removable] = []
         while self._handles:
-            self._handles.pop().remove()
+            handle = self._handles.pop()
+            if _is_walked(handle):
+                kept.append(handle)
+            else:
+                handle.remove()
+        self._handles = kept[::-1]
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -100,19 +108,39 @@ class StepHook:
     """An optimizer hook that calls ``method(owner, index, args, kwargs)`` and keeps its owner alive.
 
     Torch drops optimizer hooks when an optimizer is copied or pickled.
+
+    Attributes:
+        running: Whether it is being called just now.
     """
 
-    __slots__ = ("_index", "_method", "_owner")
+    __slots__ = ("_index", "_method", "_owner", "running")
 
     def __init__(self, owner: Any, method: Callable[..., Any], index: int) -> None:
         self._owner = owner
         self._method = method
         self._index = index
+        self.running = False
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return None
-        return self._method(self._owner, self._index, args, kwargs)
+        self.running = True
+        try:
+            return self._method(self._owner, self._index, args, kwargs)
+        finally:
+            self.running = False
+
+
+def _is_walked(handle: Any) -> bool:
+    """Whether an optimizer is calling one of our hooks from a dictionary of which it has not reached the end.
+
+    An ``OrderedDict`` may lose entries during a walk only once the last one has been reached.
+    """
+    hooks = getattr(handle, "hooks_dict_ref", lambda: None)()
+    if not hooks:
+        return False
+    running = [key for key, hook in hooks.items() if isinstance(hook, StepHook) and hook.running]
+    return bool(running) and running[-1] != next(reversed(hooks))
 
 
 def _inert(*_: Any) -> Hook:

@@ -195,6 +195,10 @@ class GradientMonitor:
             ]
             self._updates.append((samples.rows, readback.put_vector(torch.cat(sums))))
 
+    def forgo_update(self) -> None:
+        """Leave the update of this step out, as where none was made on purpose."""
+        self._samples = []
+
     def columns(
         self, readback: Readback, *, scale: float, mine: FloatArray, others: FloatArray
     ) -> dict[str, FloatArray]:

@@ -11,6 +11,7 @@ from html import escape
 from types import MappingProxyType
 
 from gradguard.findings import Diagnosis, Finding, LayerProfile, Prescription, Severity
+from gradguard.report._actions import action_texts
 from gradguard.report._cures import trials, untried
 from gradguard.report._layers import (
     Fold,
@@ -108,6 +109,8 @@ def _parts(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
     results = result_items(summary) if diagnosis.observations else []
     costs = cost_items(diagnosis)
     yield _paragraph(" · ".join(results))
+    for text in action_texts(diagnosis):
+        yield _paragraph(text)
     for finding in remarks(diagnosis):
         yield f'<p style="margin:4px 0">{_head(finding, diagnosis)}<br>{_text(finding.message)}</p>'
     if diagnosis.healthy is False or show_all:
