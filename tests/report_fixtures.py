@@ -14,6 +14,7 @@ from gradguard.findings import (
     Evidence,
     Finding,
     LayerProfile,
+    MatrixSpectrum,
     Prescription,
     RuledOut,
     RunSummary,
@@ -375,8 +376,47 @@ def hostile() -> Diagnosis:
     )
 
 
+def in_depth() -> Diagnosis:
+    """Return a sick run with theory and singular values per layer, and with the spectra of its weights."""
+    layers = tuple(
+        replace(row, predicted_gain=NAN if index == 0 else 0.236, sigma=1.1 + 0.01 * index)
+        for index, row in enumerate(stack(20))
+    )
+    gates = [
+        MatrixSpectrum(
+            name=f"encoder.rnn.weight_hh_l0[{gate}]",
+            layer="encoder.rnn",
+            shape=(256, 256),
+            sigma_max=sigma,
+            certified=True,
+            stable_rank=31.4,
+            condition=10**2.3,
+            spectral_radius=0.61,
+            derivative_bound=bound,
+        )
+        for gate, sigma, bound in (("reset", 1.08, 0.25), ("update", 0.99, 0.25), ("candidate", 1.31, 1.0))
+    ]
+    plain = replace(
+        gates[0],
+        name="decoder.weight_hh_l0",
+        layer="decoder",
+        sigma_max=0.84,
+        spectral_radius=0.5,
+        derivative_bound=1.0,
+    )
+    kernel = MatrixSpectrum(
+        name="stem.weight", layer="stem", shape=(16, 3, 3, 3), input_size=(32, 32), sigma_max=2.9, certified=True
+    )
+    head = MatrixSpectrum(
+        name="head.weight", layer="head", shape=(50257, 1600), sigma_max=14.2, certified=False, stable_rank=1.02,
+        condition=math.inf,
+    )  # fmt: skip
+    return replace(sick(), layers=layers, spectra=(kernel, *gates, plain, head))
+
+
 ALL = (
     sick,
+    in_depth,
     tried,
     healthy,
     no_verdict,

@@ -55,15 +55,6 @@ def test_rules_lists_every_rule_at_any_width(columns: int) -> None:
     assert text.endswith("gradguard explain GG101")
 
 
-def test_rules_says_what_is_planned() -> None:
-    """A rule that this version does not apply is marked; the others are not."""
-    text = gradguard("rules", columns=200).output
-
-    planned = {line.split()[0] for line in text.splitlines() if "(planned)" in line}
-    assert planned == {code for code, rule in RULES.items() if not rule.available}
-    assert gradguard("rules", columns=80).output.count("planned") == len(planned)
-
-
 def test_rules_as_json_is_one_object() -> None:
     """Programs get the listing with a schema version and nothing else on standard output."""
     result = gradguard("rules", "--json")
@@ -75,7 +66,6 @@ def test_rules_as_json_is_one_object() -> None:
         "code": "GG101",
         "name": "vanishing-gradient",
         "family": "vanishing",
-        "available": True,
         "summary": RULES["GG101"].summary,
         "minimum": RULES["GG101"].minimum,
     }
@@ -110,7 +100,6 @@ def test_explain_prints_every_section_in_80_columns(code: str) -> None:
         assert f"{number}. {cure.advice}" in text
         assert {f"       {line}" for line in cure.code.splitlines()} <= set(lines)
     assert all(f"- {reference}" in text for reference in rule.references)
-    assert ("Planned: this version does not apply the rule yet." in text) is not rule.available
 
 
 def test_explain_does_not_fill_a_wide_terminal() -> None:

@@ -112,7 +112,6 @@ def test_findings_name_rules_of_the_catalogue_and_units_of_the_field(build: Call
     for finding in findings:
         rule = RULES[finding.code]
         assert (finding.name, finding.family) == (rule.name, rule.family)
-        assert rule.available
         assert finding.message.endswith(".")
         assert finding.evidence
         assert {evidence.unit for evidence in finding.evidence.values()} <= UNITS

@@ -854,6 +854,7 @@ def test_json_is_plain_and_versioned(make: Callable[[], Diagnosis]) -> None:
         "unobserved",
         "layers",
         "summary",
+        "spectra",
     }
 
 

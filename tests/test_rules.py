@@ -52,12 +52,6 @@ CATALOGUE = {
 }
 """Codes never change their meaning: an edit of this table is an edit of the contract."""
 
-AVAILABLE = {
-    *("GG101", "GG102", "GG103", "GG104", "GG111", "GG112", "GG201", "GG202", "GG203", "GG204"),
-    *("GG211", "GG212", "GG213", "GG301", "GG302", "GG403", "GG501", "GG502", "GG503", "GG504", "GG505"),
-    *("GG601", "GG602", "GG701", "GG702", "GG703"),
-}
-
 TEXTS = Path(gradguard.__file__).parent / "_explanations"
 LABELS = sorted({label for code, names in CATALOGUE.items() for label in (code, *names)})
 
@@ -87,11 +81,6 @@ def test_catalogue_has_every_code_with_its_name_and_family() -> None:
 def test_names_are_unique() -> None:
     """A name stands for one code."""
     assert len({rule.name for rule in RULES.values()}) == len(RULES)
-
-
-def test_rules_of_this_version_are_marked_available() -> None:
-    """The listing says ``planned`` for the others."""
-    assert {code for code, rule in RULES.items() if rule.available} == AVAILABLE
 
 
 def test_catalogue_cannot_be_changed() -> None:
@@ -274,7 +263,7 @@ def test_code_and_name_resolve_to_the_rule(code: str) -> None:
 
 @pytest.mark.parametrize("family", sorted({family for _, family in CATALOGUE.values()}))
 def test_family_resolves_to_all_of_its_rules(family: str) -> None:
-    """A family stands for its rules, available or planned."""
+    """A family stands for its rules."""
     assert resolve(family) == {code for code, (_, other) in CATALOGUE.items() if other == family}
 
 

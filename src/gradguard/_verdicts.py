@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gradguard._alerts import is_main_process
@@ -75,16 +76,20 @@ class Verdicts:
         """Return the verdict on everything observed so far."""
         return self._observing.diagnose(steps=self.steps, batches=self._batches, overhead=self.overhead)
 
-    def report(self, console: Console | None = None, *, show_all: bool = False) -> Diagnosis:
+    def report(self, console: Console | None = None, *, show_all: bool = False, deep: bool = False) -> Diagnosis:
         """Print a report and return the diagnosis. Of several processes only the first prints.
 
         Args:
             console: A rich console to print to; standard output otherwise.
             show_all: Print every layer and every finding, not only the interesting ones.
+            deep: Compute the spectra of all weights as they are now, exactly or certified, and print them as well:
+                0.1 s for a matrix of 1024 x 1024 on two CPU cores, 0.3 s more where it is recurrent.
         """
         from gradguard.report.console import print_report
 
         diagnosis = self.diagnose()
+        if deep:
+            diagnosis = replace(diagnosis, spectra=self._observing.exact_spectra())
         if is_main_process():
             print_report(diagnosis, console, show_all=show_all)
         return diagnosis

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from gradguard.config import GuardConfig
+from gradguard.detectors._attribution import layer_gains, single_sigmas
 from gradguard.detectors._depth import TRUNK_ROLES, power, trunk, weight_layers
 from gradguard.detectors._loss import loss_progress
 from gradguard.detectors._numbers import column, signal
@@ -39,7 +40,7 @@ _AFTER_NON_FINITE = frozenset(
 """What numbers that are not finite can bring about, apart from more of them."""
 
 _AFTER_COLLAPSE = frozenset(
-    {"GG101", "GG102", "GG103", "GG104", "GG302", "GG403", "GG501", "GG502", "GG503", "GG505", "GG703"}
+    {"GG101", "GG102", "GG103", "GG104", "GG302", "GG402", "GG403", "GG501", "GG502", "GG503", "GG505", "GG703"}
 )
 """What a softmax that has lost its derivative can bring about: large gradients below it, none at queries and keys."""
 
@@ -49,22 +50,24 @@ _FOLLOWS = {
     "GG203": _NON_FINITE | _AFTER_NON_FINITE,
     "GG204": _NON_FINITE | _AFTER_NON_FINITE,
     "GG101": frozenset({"GG301", "GG302", "GG403", "GG501", "GG502", "GG503", "GG504"}),
-    "GG102": frozenset({"GG103", "GG202", "GG203", "GG204", "GG301", "GG302", "GG403", "GG501", "GG505"}),
+    "GG102": frozenset({"GG103", "GG202", "GG203", "GG204", "GG301", "GG302", "GG402", "GG403", "GG501", "GG505"}),
     "GG103": frozenset({"GG101", "GG102", "GG202", "GG203", "GG204", "GG301", "GG302", "GG501", "GG505"}),
     "GG104": frozenset({"GG502", "GG503"}),
-    "GG111": frozenset({"GG403", "GG502", "GG503", "GG504"}),
-    "GG112": frozenset({"GG102", "GG103", "GG202", "GG203", "GG204", "GG302", "GG403", "GG501", "GG505"}),
+    "GG111": frozenset({"GG401", "GG403", "GG502", "GG503", "GG504"}),
+    "GG112": frozenset(
+        {"GG102", "GG103", "GG202", "GG203", "GG204", "GG302", "GG401", "GG402", "GG403", "GG501", "GG505"}
+    ),
     "GG211": frozenset({"GG101", "GG104", "GG502", "GG503", "GG504"}),
     "GG212": frozenset({"GG502", "GG503"}),
     "GG301": frozenset({"GG101", "GG104", "GG501", "GG502", "GG503"}),
     "GG302": frozenset({"GG104", "GG502", "GG503"}),
     "GG501": frozenset(
         {"GG101", "GG102", "GG103", "GG104", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG505"}
-        | {"GG701", "GG702", "GG703"}
+        | {"GG402", "GG701", "GG702", "GG703"}
     ),
     "GG503": frozenset({"GG502"}),
     "GG504": frozenset({"GG502", "GG503"}),
-    "GG505": frozenset({"GG102", "GG103", "GG202", "GG203", "GG204", "GG703"}),
+    "GG505": frozenset({"GG102", "GG103", "GG202", "GG203", "GG204", "GG402", "GG703"}),
     "GG602": frozenset({"GG502"}),
     "GG701": _AFTER_COLLAPSE,
     "GG702": _AFTER_COLLAPSE | {"GG701", "GG202", "GG203", "GG204"},
@@ -285,6 +288,8 @@ def _profile(part: History, findings: Sequence[Finding]) -> tuple[LayerProfile, 
     marks = _marks(record, findings)
     active = _active_fractions(record)
     forward = column(record, "forward_rms")
+    predicted = {gain.row: gain.predicted for gain in layer_gains(record, np.array(rows, dtype=np.intp))}
+    sigma = single_sigmas(record)
     return tuple(
         LayerProfile(
             name=name,
@@ -294,6 +299,8 @@ def _profile(part: History, findings: Sequence[Finding]) -> tuple[LayerProfile, 
             gain=gains.get(row, math.nan),
             forward_rms=float(forward[row]),
             active_fraction=float(active[row]),
+            predicted_gain=predicted.get(row, math.nan),
+            sigma=sigma.get(name, math.nan),
             trunk=table.roles[row] in TRUNK_ROLES,
             mark=marks.get(name, ""),
         )

@@ -197,6 +197,9 @@ class LayerProfile:
         forward_rms: Root mean square of the layer's output.
         active_fraction: Share of units that were non-zero for at least one example, 0 to 1; ``nan`` where it does not
             apply.
+        predicted_gain: What mean-field theory makes of ``gain``, from the layer's weights and the measured slopes of
+            the activation before it; ``nan`` where something else lies between.
+        sigma: Largest singular value of the layer's weight, from below; ``nan`` where it has several or none.
         trunk: Whether the row counts towards the depth criterion.
         mark: Code of the finding whose culprit it is, or empty.
     """
@@ -208,8 +211,39 @@ class LayerProfile:
     gain: float
     forward_rms: float
     active_fraction: float
+    predicted_gain: float = math.nan
+    sigma: float = math.nan
     trunk: bool = True
     mark: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixSpectrum:
+    """The spectrum of one matrix, or of one convolution as the linear map that it is; see ``Guard.report(deep=True)``.
+
+    Attributes:
+        name: Dotted parameter name, with the part in brackets where it is one of several.
+        layer: Dotted name of the module.
+        shape: Of the matrix, or of the kernel.
+        sigma_max: Largest singular value, >= 0.
+        certified: Whether ``sigma_max`` and ``spectral_radius`` are exact or meet a relative residual of 1e-3.
+        stable_rank: Squared Frobenius norm over squared ``sigma_max``, from 1; ``nan`` for convolutions and zeros.
+        condition: Largest over smallest singular value; inf where that is zero up to rounding, ``nan`` where unknown.
+        spectral_radius: Largest absolute eigenvalue of a recurrent matrix; ``nan`` for others.
+        derivative_bound: Largest derivative of the nonlinearity behind a recurrent matrix; ``nan`` for others.
+        input_size: Spatial size of the input that a convolution was measured on; empty for matrices.
+    """
+
+    name: str
+    layer: str
+    shape: tuple[int, ...]
+    sigma_max: float
+    certified: bool
+    stable_rank: float = math.nan
+    condition: float = math.nan
+    spectral_radius: float = math.nan
+    derivative_bound: float = math.nan
+    input_size: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +312,7 @@ class Diagnosis:
         unobserved: What could not be measured, and why.
         layers: Layers in execution order at the last observation.
         summary: The run in numbers.
+        spectra: Exact spectra of the weights, where a report in depth was asked for.
     """
 
     findings: tuple[Finding, ...]
@@ -287,6 +322,7 @@ class Diagnosis:
     unobserved: tuple[Unobserved, ...] = ()
     layers: tuple[LayerProfile, ...] = ()
     summary: RunSummary = field(default_factory=RunSummary)
+    spectra: tuple[MatrixSpectrum, ...] = ()
 
     @property
     def primary(self) -> Finding | None:

@@ -12,6 +12,7 @@ import numpy as np
 from gradguard.records import (
     FloatArray,
     LayerTable,
+    MatrixTable,
     NonFiniteOrigin,
     ParameterTable,
     RunInfo,
@@ -22,10 +23,17 @@ from gradguard.records import (
 __all__ = ["History"]
 
 Item = TypeVar("Item")
-Table = TypeVar("Table", LayerTable, ParameterTable)
+Table = TypeVar("Table", LayerTable, ParameterTable, MatrixTable)
 
 _HEAD = 32
 """First observations, never thinned out: most illnesses show there, and "first seen" needs them."""
+
+_TABLES: Mapping[str, Callable[[History | StepRecord], LayerTable | ParameterTable | MatrixTable]] = {
+    "layer": lambda of: of.layers,
+    "parameter": lambda of: of.parameters,
+    "matrix": lambda of: of.matrices,
+}
+"""Where a group of columns has the names of its rows."""
 
 _ORIGINS = 32
 """Origins of non-finite numbers kept: the first ones, as later ones mostly follow from them. Ours."""
@@ -111,7 +119,7 @@ class History:
         self._seen: Counter[int] = Counter()
         self._profiles: dict[int, Mapping[str, TemporalProfile]] = {}
         self._cache: dict[tuple[str, str], FloatArray] = {}
-        self._tables: tuple[LayerTable, ParameterTable] | None = None
+        self._tables: tuple[LayerTable, ParameterTable, MatrixTable] | None = None
         self._layouts: dict[str, tuple[FloatArray, Mapping[int, list[int]]]] = {}
         self._kept: tuple[StepRecord, ...] | None = None
         self._loss_columns: tuple[FloatArray, FloatArray] | None = None
@@ -196,6 +204,11 @@ class History:
         """All parameters seen, in the order of the newest observation; parameters it lacks stand at the end."""
         return self._union()[1]
 
+    @property
+    def matrices(self) -> MatrixTable:
+        """All matrices seen, in the order of the newest observation; matrices it lacks stand at the end."""
+        return self._union()[2]
+
     def scalar(self, name: str) -> FloatArray:
         """Return a scalar per observation, shape ``[observations]``; NaN where it is unknown."""
         return self._of_records("scalar", name, lambda record: record.scalars.get(name, np.nan))
@@ -207,6 +220,10 @@ class History:
     def parameter(self, name: str) -> FloatArray:
         """Return a parameter statistic, shape ``[observations, parameters]``; NaN where it was not observed."""
         return self._column("parameter", name, [record.parameter_values.get(name) for record in self.records])
+
+    def matrix(self, name: str) -> FloatArray:
+        """Return a matrix statistic, shape ``[observations, matrices]``; NaN where it was not observed."""
+        return self._column("matrix", name, [record.matrix_values.get(name) for record in self.records])
 
     def split(self) -> tuple[History, ...]:
         """Return one history per optimizer that was observed; a run with one optimizer returns itself."""
@@ -232,11 +249,12 @@ class History:
             part._profiles[index] = self._profiles[index]
         return part
 
-    def _union(self) -> tuple[LayerTable, ParameterTable]:
+    def _union(self) -> tuple[LayerTable, ParameterTable, MatrixTable]:
         if self._tables is None:
             self._tables = (
                 _merge([record.layers for record in reversed(self.records)], LayerTable()),
                 _merge([record.parameters for record in reversed(self.records)], ParameterTable()),
+                _merge([record.matrices for record in reversed(self.records)], MatrixTable()),
             )
         return self._tables
 
@@ -256,9 +274,10 @@ class History:
     def _places(self, group: str) -> tuple[FloatArray, Mapping[int, list[int]]]:
         """Return a row of NaN, and where the values of those observations belong whose table is not the union."""
         if group not in self._layouts:
-            names = (self.layers if group == "layer" else self.parameters).names
+            table_of = _TABLES[group]
+            names = table_of(self).names
             position = {row: index for index, row in enumerate(names)}
-            tables = (record.layers if group == "layer" else record.parameters for record in self.records)
+            tables = [table_of(record) for record in self.records]
             self._layouts[group] = (
                 np.full(len(names), np.nan),
                 {

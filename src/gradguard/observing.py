@@ -19,10 +19,18 @@ from torch import nn
 from gradguard._run_info import describe_run
 from gradguard.detectors import DEFAULT_DETECTORS, Detector, run_detectors
 from gradguard.diagnosis import diagnose, link_findings
-from gradguard.findings import Diagnosis, Finding, Unobserved
+from gradguard.findings import Diagnosis, Finding, MatrixSpectrum, Unobserved
 from gradguard.history import History
-from gradguard.monitors import GradientMonitor, LossMonitor, NonFiniteMonitor, SignalMonitor, TemporalMonitor
+from gradguard.monitors import (
+    GradientMonitor,
+    LossMonitor,
+    NonFiniteMonitor,
+    SignalMonitor,
+    SpectralMonitor,
+    TemporalMonitor,
+)
 from gradguard.monitors._reduce import Handle, Norm, Readback
+from gradguard.monitors.exact_spectra import exact_spectra
 from gradguard.monitors.gradients import total_norm
 from gradguard.monitors.loss_scale import ScaledLossMonitor
 from gradguard.prescriptions import prescribe
@@ -80,11 +88,14 @@ class Observing:
         if not preflight:
             self.search.listen()
         self.temporal = TemporalMonitor(model, on_failure=on_failure, any_mode=preflight)
+        self.spectral = SpectralMonitor(
+            model, on_failure=on_failure, off=not (config.wants("GG401") or config.wants("GG402"))
+        )
         self.gradients = GradientMonitor(model, sample_size=config.sample_size)
         self.losses = LossMonitor() if scaler is None else ScaledLossMonitor(scaler)
         self.clip_norm = math.nan
         self.history = History(self._run_info(preflight=preflight), capacity=config.history_capacity)
-        notes = [*self.signals.unobserved(), *self.temporal.unobserved()]
+        notes = [*self.signals.unobserved(), *self.temporal.unobserved(), *self.spectral.unobserved()]
         self.notes: dict[str, Unobserved] = {note.what: note for note in notes}
         self.spent_s = 0.0
         self._scaled: list[bool]
@@ -198,6 +209,7 @@ class Observing:
                 "its tensor is sharded, quantised or of a layout whose norm cannot be read here",
             )
         self.temporal.read(self._readback)
+        self.spectral.read(self._readback, self.signals.input_sizes)
         self._read = True
         self._before_clipping = before_clipping
         self._scaled = scaled
@@ -277,12 +289,18 @@ class Observing:
         )
         return prescribe(replace(diagnosis, summary=replace(diagnosis.summary, overhead_s=self.overhead_s)))
 
+    def exact_spectra(self) -> tuple[MatrixSpectrum, ...]:
+        """Return the spectra of the weights as they are, exact or certified."""
+        with torch.no_grad():
+            return tuple(exact_spectra(self._model, self.signals.input_sizes))
+
     def close(self) -> None:
         """Remove every hook and let go of tensors; the history stays."""
         self.disarm()
         self.search.close()
         self.signals.close()
         self.temporal.close()
+        self.spectral.close()
         self.gradients.close()
 
     def _on_search_failure(self, place: str, error: BaseException) -> None:
@@ -342,6 +360,8 @@ class Observing:
             parameters=self.gradients.table,
             parameter_values=parameters,
             profiles=profiles,
+            matrices=self.spectral.table,
+            matrix_values=self.spectral.columns(readback),
         )
 
     def _ownership(self, index: int | None) -> tuple[FloatArray, FloatArray]:

@@ -95,6 +95,17 @@ Parameter statistics (one number per parameter and observation):
                         before the caller's clipping, over entries with a second moment above 0; NaN as above.
 ======================  ================================================================================================
 
+Matrix statistics (one number per matrix and observation; the gates of a recurrent layer and the projections of an
+attention layer are matrices of their own; see :class:`MatrixTable`). They are of the weights before the update.
+
+===================  ==================================================================================================
+``sigma_max``        Largest singular value, from below: ten power iterations at the first observation and one more at
+                     each later one, from where the last ended. Of a convolution that of the operator on an input as
+                     large as the last one. NaN or inf where an entry is.
+``spectral_radius``  Largest absolute eigenvalue of a recurrent matrix, from the growth over 100 products at the first
+                     observation and 32 more at each later one, fewer of large ones; NaN for other matrices.
+===================  ==================================================================================================
+
 Scalars: ``grad_norm`` (total over this optimizer's parameters, before clipping), ``grad_norm_at_step`` (the same when
 the optimizer ran, after the caller's clipping), ``lr``, ``loss_scale`` (1 without a scaler), ``read_before_clipping``
 (1 where ``record()`` read the gradients, 0 where only the step hook did), ``cost_s`` (seconds of host time that
@@ -117,10 +128,12 @@ from gradguard.origins import NonFiniteOrigin, TensorRange
 
 __all__ = [
     "LAYER_STATISTICS",
+    "MATRIX_STATISTICS",
     "PARAMETER_STATISTICS",
     "TEMPORAL_STATISTICS",
     "FloatArray",
     "LayerTable",
+    "MatrixTable",
     "NonFiniteOrigin",
     "OptimizerInfo",
     "ParameterTable",
@@ -165,6 +178,8 @@ TEMPORAL_STATISTICS = (
     "gate_mean",
     "temporal_derivative",
 )
+
+MATRIX_STATISTICS = ("sigma_max", "spectral_radius")
 
 PARAMETER_STATISTICS = (
     "grad_norm",
@@ -247,6 +262,32 @@ class ParameterTable:
         lengths.add(len(self.outputs))
         if len(lengths) > 1:
             raise ValueError(f"the columns of a ParameterTable must have one length, got {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixTable:
+    """Names of the matrix rows of a record, in registration order.
+
+    Attributes:
+        names: Dotted parameter names, with the part in brackets where it is one of several, for instance
+            ``"rnn.weight_hh_l0[forget]"``.
+        layers: Dotted name of the owning module, per row.
+        recurrent: Whether it maps a recurrent net's state to the next one, or to a gate.
+        derivative_bounds: Largest derivative of the nonlinearity behind it in a recurrent net; NaN for other matrices.
+    """
+
+    names: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    recurrent: tuple[bool, ...] = ()
+    derivative_bounds: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.names), len(self.layers), len(self.recurrent), len(self.derivative_bounds)}
+        if len(lengths) > 1:
+            raise ValueError(f"the columns of a MatrixTable must have one length, got {sorted(lengths)}")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -336,6 +377,8 @@ class StepRecord:
         parameters: Names of the parameter rows.
         parameter_values: Per statistic an array of shape ``[len(parameters)]``.
         profiles: Gradients through time by module; a history keeps only the newest.
+        matrices: Names of the matrix rows.
+        matrix_values: Per statistic an array of shape ``[len(matrices)]``.
     """
 
     step: int
@@ -347,11 +390,14 @@ class StepRecord:
     parameters: ParameterTable = field(default_factory=ParameterTable)
     parameter_values: Mapping[str, FloatArray] = field(default_factory=dict)
     profiles: Mapping[str, TemporalProfile] = field(default_factory=dict)
+    matrices: MatrixTable = field(default_factory=MatrixTable)
+    matrix_values: Mapping[str, FloatArray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind, table, values in (
             ("layer", self.layers, self.layer_values),
             ("parameter", self.parameters, self.parameter_values),
+            ("matrix", self.matrices, self.matrix_values),
         ):
             for name, column in values.items():
                 if column.shape != (len(table),):

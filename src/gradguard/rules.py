@@ -42,7 +42,6 @@ class Rule:
         family: For instance ``"vanishing"``; ``select`` and ``ignore`` take it as well.
         summary: What it finds, in at most 48 characters.
         minimum: What has to be observed before the rule speaks, in words.
-        available: Whether this version applies the rule; ``False`` where it is planned.
     """
 
     code: str
@@ -50,7 +49,6 @@ class Rule:
     family: str
     summary: str
     minimum: str
-    available: bool = True
 
     @property
     def explanation(self) -> str:
@@ -73,10 +71,6 @@ class Rule:
         """Sources: authors, year, title, venue, arXiv number."""
         items = re.split(r"^- ", _section(self.code, "References"), flags=re.MULTILINE)[1:]
         return tuple(" ".join(item.split()) for item in items)
-
-
-def _planned(code: str, name: str, family: str, summary: str, minimum: str) -> Rule:
-    return Rule(code=code, name=name, family=family, summary=summary, minimum=minimum, available=False)
 
 
 def _rule(code: str, name: str, family: str, summary: str, minimum: str) -> Rule:
@@ -173,19 +167,19 @@ _CATALOGUE = (
         "Units sit at the flat ends of sigmoid or tanh",
         "three consecutive observations, and losses; one before the first step",
     ),
-    _planned(
+    _rule(
         "GG401",
         "recurrent-spectral-radius",
         "spectral",
         "A recurrent matrix shrinks or grows its state",
-        "one look at the weights",
+        "one observation of a recurrent net with GG111 or GG112",
     ),
-    _planned(
+    _rule(
         "GG402",
         "spectral-norm-growth",
         "spectral",
         "A weight's largest singular value keeps growing",
-        "several observations over at least 100 steps",
+        "three observations over at least 100 steps",
     ),
     _rule(
         "GG403",

@@ -257,7 +257,6 @@ def _entry(rule: Rule) -> dict[str, Any]:
         "code": rule.code,
         "name": rule.name,
         "family": rule.family,
-        "available": rule.available,
         "summary": rule.summary,
         "minimum": rule.minimum,
     }

@@ -38,14 +38,11 @@ def print_rules(rules: Iterable[Rule], console: Console | None = None) -> None:
     if wide:
         table.add_column("what it finds")
     for rule in rules:
-        name = Text(rule.name, style="bold" if rule.available else "")
-        status = Text("" if rule.available else "planned", style="dim")
+        name = Text(rule.name, style="bold")
         if wide:
-            summary = Text(rule.summary) if rule.available else Text.assemble(f"{rule.summary} (", status, ")")
-            table.add_row(rule.code, name, rule.family, summary)
+            table.add_row(rule.code, name, rule.family, rule.summary)
         else:
-            summary = Text(rule.summary, style="dim")
-            table.add_row(rule.code, Text("\n").join((name, summary)), Text("\n").join((Text(rule.family), status)))
+            table.add_row(rule.code, Text("\n").join((name, Text(rule.summary, style="dim"))), rule.family)
     console.print(table)
     console.print(Text("More on one of them: gradguard explain GG101", style="dim"))
 
@@ -80,8 +77,6 @@ class _Page:
     def print(self, rule: Rule) -> None:
         self._line(Text.assemble((f"{rule.code} {rule.name}", "bold cyan"), f"   family: {rule.family}"))
         self._paragraph(f"{rule.summary}.")
-        if not rule.available:
-            self._paragraph("Planned: this version does not apply the rule yet.")
         self._heading("What it means")
         self._prose(rule.explanation)
         self._heading("Mathematics")

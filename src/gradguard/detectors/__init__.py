@@ -26,6 +26,7 @@ from gradguard.detectors.no_update import find_no_update
 from gradguard.detectors.non_finite import find_non_finite
 from gradguard.detectors.precision import find_loss_scale_collapse, find_lost_updates, find_underflow
 from gradguard.detectors.saturated_units import find_saturated_units
+from gradguard.detectors.spectral import find_norm_growth, find_recurrent_radius
 from gradguard.detectors.spike import find_spike
 from gradguard.detectors.temporal import find_temporal
 from gradguard.findings import Finding
@@ -47,7 +48,9 @@ __all__ = [
     "find_missing_gradients",
     "find_no_update",
     "find_non_finite",
+    "find_norm_growth",
     "find_poor_initialization",
+    "find_recurrent_radius",
     "find_saturated_units",
     "find_spike",
     "find_temporal",
@@ -79,6 +82,8 @@ DEFAULT_DETECTORS: tuple[Detector, ...] = (
     find_lost_updates,
     find_loss_scale_collapse,
     find_poor_initialization,
+    find_recurrent_radius,
+    find_norm_growth,
     find_epsilon_limited,
     find_divergence,
     find_clipping,

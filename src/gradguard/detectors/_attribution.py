@@ -15,13 +15,16 @@ from gradguard.findings import Evidence
 from gradguard.records import ParameterTable, StepRecord
 from gradguard.theory import backward_gain, critical_gain
 
-__all__ = ["LayerGain", "layer_gains", "theory_evidence", "weight_deviations", "wished_deviation"]
+__all__ = ["LayerGain", "layer_gains", "single_sigmas", "theory_evidence", "weight_deviations", "wished_deviation"]
 
 _SAME = 1e-3
 """Relative difference up to which two norms are of one tensor: a layer's output and the next one's input. Ours."""
 
 _KNOWN = frozenset({"Linear", "Conv1d", "Conv2d", "Conv3d"})
 """Layers whose weight has the output units first. Transposed convolutions do not, nor do other people's classes."""
+
+_CHAIN = 4
+"""Pairs of layers over which a bound is worth a word. Ours."""
 
 _USUAL = 4.0
 """Largest deviation that is advised; beyond it units sit at their ends. Ours: sigmoid's critical one is 10.15, where
@@ -38,6 +41,8 @@ class LayerGain:
         measured: L2 norm of the gradient at the output of the layer before, over that at its own output, > 0.
         weights: Deviation of its weights times the root of fan-in, sigma_w: what they alone should do.
         derivative: Root mean square of the activation's derivative over this observation's pre-activations.
+        largest: Most by which the pair can stretch any gradient: the weight's largest singular value times the
+            activation's largest derivative; NaN where either is unknown.
     """
 
     row: int
@@ -45,6 +50,7 @@ class LayerGain:
     measured: float
     weights: float
     derivative: float
+    largest: float = math.nan
 
     @property
     def predicted(self) -> float:
@@ -74,6 +80,20 @@ def weight_deviations(record: StepRecord) -> dict[str, float]:
     return {layer: value for layer, value in found.items() if layer not in several and math.isfinite(value)}
 
 
+def single_sigmas(record: StepRecord) -> dict[str, float]:
+    """Return the largest singular value by layer, where the layer has one matrix.
+
+    Args:
+        record: An observation; empty for one without ``sigma_max``.
+    """
+    sigma = record.matrix_values.get("sigma_max")
+    if sigma is None:
+        return {}
+    layers = record.matrices.layers
+    found = dict(zip(layers, map(float, sigma), strict=True))
+    return {layer: value for layer, value in found.items() if layers.count(layer) == 1}
+
+
 def layer_gains(record: StepRecord, rows: NDArray[np.intp]) -> tuple[LayerGain, ...]:
     """Return the gain of every layer whose input is the activation of the layer before it, measured and predicted.
 
@@ -90,6 +110,7 @@ def layer_gains(record: StepRecord, rows: NDArray[np.intp]) -> tuple[LayerGain, 
     """
     table, delta, given = record.layers, signal(record), signal(record, at="input_delta")
     slopes, weights = column(record, "derivative_mean"), weight_deviations(record)
+    sigmas = single_sigmas(record)
     found = []
     for before, row in itertools.pairwise(int(index) for index in rows):
         if table.roles[before] != "affine" or table.types[row] not in _KNOWN or table.names[row] not in weights:
@@ -109,6 +130,8 @@ def layer_gains(record: StepRecord, rows: NDArray[np.intp]) -> tuple[LayerGain, 
                     measured=float(delta[before] / delta[row]),
                     weights=weights[table.names[row]],
                     derivative=slope,
+                    largest=sigmas.get(table.names[row], math.nan)
+                    * (table.derivative_bounds[passes] if between else 1.0),
                 )
             )
     return tuple(found)
@@ -158,6 +181,15 @@ def theory_evidence(record: StepRecord, rows: NDArray[np.intp]) -> dict[str, Evi
     wished = wished_deviation(kind)
     if wished > 0.0:
         evidence["critical_sigma_w"] = Evidence(value=wished, note=f"keeps the gradient's size with {kind or 'none'}")
+    bounds = np.array([gain.largest for gain in gains])
+    if len(gains) >= _CHAIN and not np.isnan(bounds).any() and (bounds > 0.0).all():
+        decades = float(np.log10(bounds).sum())
+        if decades < 0.0:
+            evidence["certain_loss"] = Evidence(
+                value=decades,
+                unit="decades",
+                note=f"over {len(gains)} layers, for every input: products of sigma_max and the largest derivative",
+            )
     if measured > 0.0 and abs(math.log10(measured)) > _SAME:
         evidence["layers_per_decade"] = Evidence(value=1.0 / abs(math.log10(measured)), unit="layers")
     return evidence

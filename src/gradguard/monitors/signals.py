@@ -25,6 +25,7 @@ from gradguard.monitors._rows import KnownTensors, Row, Slot, Streaks, layer_col
 from gradguard.monitors._targets import Target, is_compiled, targets
 from gradguard.monitors._trees import floating_tensors
 from gradguard.monitors.attention import AttentionMonitor
+from gradguard.spectra._convolution import Conv
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,7 @@ class SignalMonitor:
         failed: Whether a hook failed, which switches the monitor off.
         eval_calls: Calls in evaluation mode during the present observation.
         backward_seen: Whether a gradient arrived during the present observation.
+        input_sizes: Spatial size of the last input of each convolution, by name.
         float16_seen: Whether a module returned a float16 tensor during the present observation.
     """
 
@@ -82,6 +84,7 @@ class SignalMonitor:
         self._blocks = BlockTaps()
         self.attention = AttentionMonitor(model, on_failure=on_failure, any_mode=any_mode, off=not attention)
         self._streaks: dict[tuple[int, str, str], Streaks] = {}
+        self.input_sizes: dict[str, tuple[int, ...]] = {}
         self._kinds: dict[int, tuple[ModuleInfo, ActivationInfo | None]] = {}
         self.generation = 0
         self._active = False
@@ -270,6 +273,8 @@ class SignalMonitor:
         row.calls += 1
         outputs = floating_tensors(output)
         given = next(iter(floating_tensors(inputs)), None)
+        if given is not None and isinstance(module, Conv):
+            self.input_sizes[name] = tuple(given.shape[-len(module.kernel_size) :])
         in_place = given is not None and any(given is tensor for tensor in outputs)
         axis = self._tap_input(row, given, in_place=in_place)
         for tensor in outputs:

@@ -182,10 +182,21 @@ def _alike(rows: Sequence[LayerProfile], first: int, last: int, heights: Sequenc
     return words != {""} or next(_deviations({first, last}, heights))[0] <= tolerance
 
 
-def caption(rows: Sequence[LayerProfile]) -> str:
-    """Return what the table shows, for who sees one for the first time."""
+def caption(rows: Sequence[LayerProfile], *, theory: bool = True) -> str:
+    """Return what the table shows, for who sees one for the first time.
+
+    Args:
+        rows: The rows of the table.
+        theory: Whether it has columns for theory and for singular values.
+    """
     text = "Gradient at each layer's output, input first"
-    return f"{text}; gain: factor to the layer above" if any(gain_text(row.gain) for row in rows) else text
+    if any(gain_text(row.gain) for row in rows):
+        text += "; gain: factor to the layer above"
+    if theory and any(gain_text(row.predicted_gain) for row in rows):
+        text += "; theory: what weights and slopes make of it"
+    if theory and any(gain_text(row.sigma) for row in rows):
+        text += "; sigma: largest singular value"
+    return text
 
 
 def size_text(delta: float) -> str:

@@ -36,7 +36,7 @@ _EVIDENCE_SHOWN = 6
 _SHOWN_ELSEWHERE = frozenset(
     {
         *("span", "gain_per_layer", "layers", "first_delta", "last_delta", "activation"),
-        *("predicted_gain", "sigma_w", "critical_sigma_w", "layers_per_decade"),
+        *("predicted_gain", "sigma_w", "critical_sigma_w", "layers_per_decade", "certain_loss"),
     }
 )
 """Evidence that the verdict, the table of layers or the line on theory shows already."""
@@ -185,6 +185,11 @@ def theory(finding: Finding) -> str:
     per_decade = _value(finding, "layers_per_decade")
     if per_decade < math.inf:
         text += f": a factor of 10 every {per_decade:.2g} layers"
+    certain = _value(finding, "certain_loss")
+    if certain < -1.0:
+        text += (
+            f"; the largest singular values and derivatives prove a loss of {-certain:.1f} decades, whatever the data"
+        )
     wished = _value(finding, "critical_sigma_w")
     if not math.isnan(wished):
         return f"{text}; a scale of {wished:.3g} would keep the gradient's size"

@@ -33,6 +33,9 @@ _LEAST_BAR = 12
 _NAME_LEAST, _NAME_MOST = 10, 40
 _KIND_MOST = 20
 
+_WIDE = 100
+"""Columns from which theory and singular values have room beside a bar that can still be read."""
+
 _NARROW = 60
 """Columns below which columns stand one space apart, not two."""
 
@@ -79,7 +82,7 @@ def layer_table(rows: Sequence[LayerProfile], width: int, *, ascii_only: bool, s
     longest = max(5, *(cell_len(row.name or _ROOT) for row in visible))
     bar_width = max(_LEAST_BAR, min(width // 4, width - fixed - _NAME_LEAST), width - fixed - min(longest, _NAME_MOST))
     name_width = max(5, min(longest, width - fixed - bar_width))
-    lines = [Text(line.plain, "dim") for line in wrap(caption(visible), width)]
+    lines = [Text(line.plain, "dim") for line in wrap(caption(visible, theory=width >= _WIDE), width)]
     head = [pad(Text("layer"), name_width), *(c.cell(None) for c in before), _heading(scale, bar_width)]
     lines.append(_line([*head, *(c.cell(None) for c in behind)], gap, "bold"))
     index = 0
@@ -103,18 +106,20 @@ def _columns(rows: Sequence[LayerProfile], width: int, gap: int, *, empty: str) 
         "kind": _Column.of("kind", (elide(row.kind, _KIND_MOST) for row in rows)),
         "size": _Column.of("|dL/dy|", (size_text(row.delta_norm) for row in rows), right=True),
         "gain": _Column.of("gain", (gain_text(row.gain) or empty for row in rows), right=True),
+        "theory": _Column.of("theory", (gain_text(row.predicted_gain) or empty for row in rows), right=True),
+        "sigma": _Column.of("sigma", (gain_text(row.sigma) or empty for row in rows), right=True),
         "active": _Column.of("active", (active_text(row.active_fraction) or empty for row in rows), right=True),
         "mark": _Column.of("", (row.mark for row in rows), style="bold red"),
     }
-    for name in ("gain", "active", "mark", "kind"):
-        if set(columns[name].cells) <= {"", empty}:
+    for name in ("gain", "theory", "sigma", "active", "mark", "kind"):
+        if set(columns[name].cells) <= {"", empty} or (width < _WIDE and name in {"theory", "sigma"}):
             del columns[name]
-    for name in ("active", "kind", "gain"):
+    for name in ("sigma", "theory", "active", "kind", "gain"):
         room = width - _NAME_LEAST - _LEAST_BAR - gap - sum(column.width + gap for column in columns.values())
         if room < 0:
             columns.pop(name, None)
     before = [columns[name] for name in ("kind", "size") if name in columns]
-    return before, [columns[name] for name in ("gain", "active", "mark") if name in columns]
+    return before, [columns[name] for name in ("gain", "theory", "sigma", "active", "mark") if name in columns]
 
 
 def _line(cells: Sequence[Text], gap: int, style: str = "") -> Text:

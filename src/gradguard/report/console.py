@@ -15,6 +15,7 @@ from gradguard.findings import Diagnosis
 from gradguard.report._findings import Manner, illness_lines, remark_lines
 from gradguard.report._lines import flow, hang, join, wrap
 from gradguard.report._printable import printable
+from gradguard.report._spectra import spectra_lines
 from gradguard.report._story import (
     cost_items,
     illnesses,
@@ -106,6 +107,9 @@ def _sections(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: b
         yield [*_indented([*results, *cost_items(diagnosis)], manner), *ending, *notes]
     if healthy is False or manner.show_all:
         yield _table(diagnosis, manner, width, ascii_only=ascii_only)
+    empty = "-" if ascii_only else "·"
+    spectra = spectra_lines(diagnosis.spectra, max(1, manner.width - 1), empty=empty, show_all=manner.show_all)
+    yield [Text.assemble(" ", line) for line in spectra]
     if healthy is False:
         yield [*_indented(cost_items(diagnosis), manner), *ending]
 

@@ -6,8 +6,9 @@ number stands beside each of them. Every text of the diagnosis is escaped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 
 from gradguard.findings import Diagnosis, Finding, LayerProfile, Prescription, Severity
 from gradguard.report._cures import trials, untried
@@ -23,6 +24,7 @@ from gradguard.report._layers import (
     size_words,
 )
 from gradguard.report._printable import printable
+from gradguard.report._spectra import SPECTRA_HEAD, proofs, spectra_caption, spectra_cells, spectra_shown
 from gradguard.report._story import (
     SHOW_ALL,
     Illness,
@@ -65,6 +67,16 @@ _MUTED = "opacity:.8;margin:4px 0"
 
 _CURES_EXPLAINED = 3
 
+_NUMBERS: Mapping[str, Callable[[LayerProfile], str]] = MappingProxyType(
+    {
+        "gain": lambda row: gain_text(row.gain),
+        "theory": lambda row: gain_text(row.predicted_gain),
+        "sigma": lambda row: gain_text(row.sigma),
+        "active": lambda row: active_text(row.active_fraction),
+    }
+)
+"""Columns of numbers behind the bar; theory and sigma are there where they are known."""
+
 
 def to_html(diagnosis: Diagnosis, *, show_all: bool = False) -> str:
     """Return a diagnosis as an HTML fragment: one ``section`` with inline styles and no scripts.
@@ -100,6 +112,7 @@ def _parts(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
         yield f'<p style="margin:4px 0">{_head(finding, diagnosis)}<br>{_text(finding.message)}</p>'
     if diagnosis.healthy is False or show_all:
         yield from _table(rows_to_show(diagnosis.layers, show_all=show_all), show_all=show_all)
+    yield from _spectra(diagnosis, show_all=show_all)
     yield _paragraph(" · ".join(costs), _MUTED)
     for text in unobserved_texts(diagnosis):
         yield _paragraph(text, _MUTED)
@@ -184,9 +197,10 @@ def _table(rows: Sequence[LayerProfile], *, show_all: bool) -> Iterator[str]:
     scale = Scale.of(rows)
     drawn = f"log scale, {scale.ends[0]} to {scale.ends[1]}" if scale is not None else ""
     marked = any(row.mark for row in rows)
-    labels = ["layer", "kind", "|dL/dy|", drawn, "gain", "active", *(["finding"] if marked else [])]
+    numbers = [name for name, cell in _NUMBERS.items() if name in {"gain", "active"} or any(cell(row) for row in rows)]
+    labels = [*("layer", "kind", "|dL/dy|", drawn), *numbers, *(["finding"] if marked else [])]
     yield f'<table style="{_TABLE}"><caption style="{_LEFT};caption-side:top">{_text(caption(rows))}</caption><thead>'
-    yield _header(labels, right=(2, 4, 5))
+    yield _header(labels, right=(2, *range(4, 4 + len(numbers))))
     yield "</thead><tbody>"
     for row in fold_rows(rows, show_all=show_all):
         if isinstance(row, Fold):
@@ -194,8 +208,24 @@ def _table(rows: Sequence[LayerProfile], *, show_all: bool) -> Iterator[str]:
             cell = f'<td colspan="{len(labels)}" style="{_LEFT};opacity:.8">{text}</td>'
             yield f'<tr style="background:transparent">{cell}</tr>'
         else:
-            yield _row(row, scale, marked=marked)
+            yield _row(row, scale, numbers, marked=marked)
     yield "</tbody></table>"
+
+
+def _spectra(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
+    rows, hidden = spectra_shown(diagnosis.spectra, show_all=show_all)
+    if not rows:
+        return
+    caption_style = f"{_LEFT};caption-side:top;white-space:normal"
+    yield f'<table style="{_TABLE}"><caption style="{caption_style}">{_text(spectra_caption(rows))}</caption><thead>'
+    yield _header(SPECTRA_HEAD, right=(2, 3, 4, 5))
+    yield "</thead><tbody>"
+    for row in rows:
+        yield _table_row(spectra_cells(row), right=(2, 3, 4, 5), bold=False)
+    yield "</tbody></table>"
+    yield _paragraph(f"{hidden} more, with smaller sigma ({SHOW_ALL})" if hidden else "", _MUTED)
+    for text in proofs(diagnosis.spectra):
+        yield _paragraph(text)
 
 
 def _header(labels: Sequence[str], *, right: Sequence[int]) -> str:
@@ -215,7 +245,7 @@ def _table_row(cells: Sequence[str], *, right: Sequence[int], bold: bool) -> str
     return f'<tr style="background:transparent">{"".join(drawn)}</tr>'
 
 
-def _row(row: LayerProfile, scale: Scale | None, *, marked: bool) -> str:
+def _row(row: LayerProfile, scale: Scale | None, numbers: Sequence[str], *, marked: bool) -> str:
     bar = size_words(row.delta_norm)
     if not bar and scale is not None:
         share = max(0.5, 100.0 * scale.share(row.delta_norm))
@@ -224,11 +254,10 @@ def _row(row: LayerProfile, scale: Scale | None, *, marked: bool) -> str:
         bar = f'<div aria-hidden="true" style="{drawn}"></div>'
     bold = ";font-weight:bold" if row.mark else ""
     mark = f'<td style="{_LEFT}{bold}">{_text(row.mark)}</td>' if marked else ""
+    drawn = "".join(f'<td style="{_RIGHT}">{_NUMBERS[name](row)}</td>' for name in numbers)
     return (
         '<tr style="background:transparent">'
         f'<th scope="row" style="{_NAME}{bold}">{_text(row.name or "(model)")}</th>'
         f'<td style="{_LEFT}">{_text(row.kind)}</td><td style="{_RIGHT}">{size_text(row.delta_norm)}</td>'
-        f'<td style="{_LEFT};min-width:16em">{bar}</td><td style="{_RIGHT}">{gain_text(row.gain)}</td>'
-        f'<td style="{_RIGHT}">{active_text(row.active_fraction)}</td>'
-        f"{mark}</tr>"
+        f'<td style="{_LEFT};min-width:16em">{bar}</td>{drawn}{mark}</tr>'
     )
