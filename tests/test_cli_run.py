@@ -261,6 +261,146 @@ def test_load_target_returns_what_the_function_returns(nets: Path) -> None:
         load_target("healthy")
 
 
+# ---------------------------------------------------------------------------------------------------------------- trial
+
+TRIED = """
+    import torch
+    from torch import nn
+
+    def adam(model):
+        return torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def sample(activation, layers, width=12):
+        torch.manual_seed(0)
+        hidden = [m for _ in range(layers) for m in (nn.Linear(width, width), activation())]
+        model = nn.Sequential(*hidden, nn.Linear(width, 2))
+        data = torch.randn(6, 32, width, generator=torch.Generator().manual_seed(0))
+        batches = [(x, (x[:, 0] > 0).long()) for x in data]
+        loss = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+        return model, batches[0], loss, adam, batches
+
+    def sick():
+        return sample(nn.Sigmoid, 8)
+
+    def healthy():
+        return sample(nn.ReLU, 1)
+
+    def dead_end():
+        def broken(model):
+            raise RuntimeError("no optimizer today")
+        return *sick()[:3], broken, sick()[4]
+"""
+
+
+@pytest.fixture
+def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a file with a sick and a healthy net and what a trial of them needs."""
+    monkeypatch.chdir(tmp_path)
+    return write(tmp_path / "tried.py", TRIED)
+
+
+def test_trial_prints_report_ranking_and_the_line_to_apply(tried: Path) -> None:
+    """After the check's report stands the table of cures; the model is as ill as before, so the exit code is 1."""
+    result = run("check", "tried.py:sick", "--trial", "--steps", "12")
+    text = " ".join(result.stdout.split())
+
+    assert result.exit_code == 1
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+    report, _, trial = text.partition("Cures tried on copies of the model, which is as it was:")
+    assert "GG101 vanishing-gradient" in report
+    assert "untreated" in trial
+    best = trial.split(":")[0].strip()
+    assert f'gradguard.apply("{best}", model, optimizer=optimizer, batch=batch)' in trial
+    assert "result.best" not in trial
+    assert "dropped" in result.stderr
+
+
+def test_trial_as_json_is_the_diagnosis_with_what_was_measured(tried: Path) -> None:
+    """One object: the diagnosis as without a trial, effects in its prescriptions, and the trial's runs beside it."""
+    plain = json.loads(run("check", "tried.py:sick", "--json").stdout)
+    result = run("check", "tried.py:sick", "--trial", "--steps", "12", "--json", "--no-progress")
+    data = json.loads(result.stdout)
+
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert list(data) == [*plain, "trial"]
+    assert data["primary"] == plain["primary"] == "GG101"
+    assert data["trial"]["best"]["remedy"] == data["findings"][0]["prescriptions"][0]["remedy"]
+    assert data["findings"][0]["prescriptions"][0]["effect"]["steps"] == 12
+    assert plain["findings"][0]["prescriptions"][0]["effect"] is None
+    assert data["trial"]["cost_steps"] > 0
+
+
+def test_nothing_is_tried_on_a_healthy_model(tried: Path) -> None:
+    """Exit code 0, and a sentence that says so."""
+    result = run("check", "tried.py:healthy", "--trial")
+
+    assert result.exit_code == 0
+    assert "Nothing is wrong, so nothing was tried." in result.stdout
+
+
+def test_a_target_for_a_trial_can_be_checked_without_one(tried: Path) -> None:
+    """Optimizer and batches are not asked for then."""
+    assert run("check", "tried.py:sick").exit_code == 1
+    assert run("check", "tried.py:healthy").exit_code == 0
+
+
+def test_time_bounds_a_trial(tried: Path) -> None:
+    """What is known by then is printed, and that it was cut short."""
+    result = run("check", "tried.py:sick", "--trial", "--steps", "100000", "--seconds", "0.5")
+
+    assert result.exit_code == 1
+    assert "interrupted" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("(net, x, loss)", "returned no make_optimizer and no batches. A trial trains copies"),
+        ("(net, x, loss, adam, None)", "returned a NoneType as batches, which is no iterable of batches."),
+        ("(net, x, loss, adam, x)", "returned a Tensor as batches, which is no iterable of batches."),
+        ("(net, x, loss, [x], [x])", "returned a list as make_optimizer, which cannot be called."),
+        ("(net, x, loss, adam)", "returned a tuple of 4. It must return (model, batch, compute_loss)"),
+        ("(net, x, loss, adam, [])", "batches is empty: a trial needs at least one batch to train on"),
+        ("(net, x, loss, lambda m: 3, [x])", "make_optimizer"),
+    ],
+)
+def test_what_a_trial_lacks_is_said(value: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came, what is accepted, and what the two further values are."""
+    monkeypatch.chdir(tmp_path)
+    body = f"""
+        import torch
+        from torch import nn
+
+        def sample():
+            torch.manual_seed(0)
+            net = nn.Sequential(*[m for _ in range(8) for m in (nn.Linear(4, 4), nn.Sigmoid())], nn.Linear(4, 1))
+            x, loss = torch.randn(8, 4), lambda model, batch: model(batch).square().mean()
+            adam = lambda model: torch.optim.Adam(model.parameters())
+            return {value}
+    """
+    write(tmp_path / "lacking.py", body)
+    result = run("check", "lacking.py:sample", "--trial", "--json")
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert text in " ".join(result.stderr.split())
+
+
+def test_an_optimizer_that_cannot_be_made_is_shown_with_the_users_lines(tried: Path) -> None:
+    """The original error, not a traceback through gradguard."""
+    result = run("check", "tried.py:dead_end", "--trial", "--json")
+
+    assert result.exit_code == 2
+    assert "no optimizer today" in result.stderr
+    assert "_contest.py" not in result.stderr
+
+
+@pytest.mark.parametrize("options", [("--steps", "5"), ("--seconds", "5")])
+def test_bounds_without_a_trial_are_refused(options: tuple[str, str]) -> None:
+    """They would do nothing."""
+    assert "it bounds a trial: add --trial" in failure("check", "nets.py:sick", *options)
+
+
 # ----------------------------------------------------------------------------------------------------------------- demo
 
 

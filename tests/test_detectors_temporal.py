@@ -224,9 +224,13 @@ def test_an_explosion_in_time_explains_one_in_depth_at_the_same_module_only() ->
 @pytest.mark.parametrize(
     ("history", "code", "names"),
     [
-        (lambda: recurrent(kind="LSTM"), "GG111", ["chrono-bias", "forget-bias", "orthogonal-recurrent"]),
-        (recurrent, "GG111", ["chrono-bias", "orthogonal-recurrent"]),
-        (lambda: recurrent(kind="RNN", gate=NAN, slope=0.9), "GG111", ["orthogonal-recurrent", "gated-cell"]),
+        (
+            lambda: recurrent(kind="LSTM"),
+            "GG111",
+            ["chrono-initialization", "forget-gate-bias", "orthogonal-recurrent"],
+        ),
+        (recurrent, "GG111", ["chrono-initialization", "forget-gate-bias", "orthogonal-recurrent"]),
+        (lambda: recurrent(kind="RNN", gate=NAN, slope=0.9), "GG111", ["orthogonal-recurrent", "gated-cell", "lstm"]),
         (
             lambda: recurrent(7.0, kind="RNN", gate=NAN, slope=0.9, factor=1.8),
             "GG112",
@@ -236,16 +240,16 @@ def test_an_explosion_in_time_explains_one_in_depth_at_the_same_module_only() ->
     ids=["lstm", "gru", "rnn", "exploding"],
 )
 def test_cures_suit_the_cell(history: Callable[[], History], code: str, names: list[str]) -> None:
-    """A GRU has no forget bias, a plain RNN no gates; memories are as long as the sequence."""
+    """A plain RNN has no gates to open, an LSTM and a GRU need no other cell; memories are as long as the sequence."""
     finding = found(history(), code)
     assert finding is not None
     prescriptions = prescriptions_for(finding)
 
     assert [prescription.remedy for prescription in prescriptions] == names
     for prescription in prescriptions:
-        if prescription.remedy == "chrono-bias":
-            assert prescription.arguments == {"steps": 40}
-            assert "steps = 40" in prescription.code
+        if prescription.remedy == "chrono-initialization":
+            assert prescription.arguments == {"max_time": 40}
+            assert "max_time=40" in prescription.code
 
 
 class Recall(nn.Module):

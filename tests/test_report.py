@@ -465,6 +465,18 @@ def test_code_to_paste_stays_python(width: int) -> None:
         assert ast.dump(ast.parse(pasted)) == ast.dump(ast.parse(cure.code)), cure.remedy
 
 
+def test_what_to_expect_stands_between_reason_and_code() -> None:
+    """For cures whose code is shown, on a console and in a page; nothing where nothing is known."""
+    cure = Prescription(remedy="r", reason="A reason.", code="x = 1", expected="A factor per layer of 1.")
+    ill = replace(made.VANISHING, prescriptions=(cure,))
+    sick = replace(made.sick(), findings=(ill,), layers=())
+    plain = replace(sick, findings=(replace(ill, prescriptions=(replace(cure, expected=""),)),))
+
+    assert "A reason. Expected: A factor per layer of 1. x = 1" in " ".join(printed(sick, 80).split())
+    assert balanced(to_html(sick)).text.count("Expected: A factor per layer of 1.") == 1
+    assert "Expected" not in printed(plain, 80) + to_html(plain)
+
+
 def _code_of(block: list[str], code: str) -> str:
     """Return the code below the reason of a cure, which stands at the same indent."""
     first = code.split("\n", maxsplit=1)[0][:12]

@@ -13,32 +13,73 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
+from torch.optim import Optimizer
 
 from gradguard._demo import CASES, Case, Network, accuracy, load_digits, train, train_with_lightning, try_cures
+from gradguard.config import GuardConfig
 from gradguard.errors import GradGuardError
 from gradguard.findings import Diagnosis, Finding, Severity
 from gradguard.outcomes import TrialResult
 from gradguard.preflight import check
 from gradguard.report.console import print_report
+from gradguard.report.trial import render_trial
+from gradguard.trials import trial
 
-__all__ = ["TargetError", "load_target", "run_check", "run_demo"]
+__all__ = ["TargetError", "TrialOptions", "load_target", "run_check", "run_demo"]
+
+_Result = TypeVar("_Result")
 
 _FORMS = "Write module:function or path/to/file.py:function, for instance net.py:sample."
-_RETURNS = "It must return (model, batch, compute_loss), where compute_loss(model, batch) is the scalar loss."
+_RETURNS = (
+    "It must return (model, batch, compute_loss), where compute_loss(model, batch) is the scalar loss; for --trial "
+    "(model, batch, compute_loss, make_optimizer, batches)."
+)
+_FOR_TRIAL = (
+    "A trial trains copies of the model, so the function must return two things more: (model, batch, compute_loss, "
+    "make_optimizer, batches), where make_optimizer(model) is the optimizer to train a copy with and batches an "
+    "iterable of training batches like batch, for instance a DataLoader."
+)
 
 
 class TargetError(GradGuardError):
     """The target of ``gradguard check`` cannot be used; the message says why and what is accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What a target returns; the last two are needed for a trial only."""
+
+    model: nn.Module
+    batch: Any
+    compute_loss: Callable[[Any, Any], Any]
+    make_optimizer: Callable[[Any], Optimizer] | None = None
+    batches: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialOptions:
+    """What bounds a trial on the command line.
+
+    Attributes:
+        steps: Steps of a whole run of a copy; ``None`` for the usual 40.
+        seconds: Seconds after which to stop with what is known by then; ``None`` for no such limit.
+        progress: Say on standard error what was dropped, and why.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    progress: bool = True
 
 
 def run_check(
@@ -48,8 +89,9 @@ def run_check(
     fail_on: str = "warning",
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    trial_options: TrialOptions | None = None,
 ) -> int:
-    """Check the model that a function returns, and print the report.
+    """Check the model that a function returns, and print the report; on request try the cures on copies as well.
 
     Args:
         target: ``module:function`` or ``path/to/file.py:function``; see :func:`load_target`.
@@ -57,29 +99,80 @@ def run_check(
         fail_on: Lowest severity that counts as a failure: ``"info"``, ``"warning"`` or ``"error"``.
         select: Codes, names or families of rules to apply; empty means all.
         ignore: Codes, names or families of rules to leave out.
+        trial_options: Run a trial after the check, within these bounds; ``None`` for no trial.
 
     Returns:
-        0 where nothing at or above ``fail_on`` was found, 1 where something was, 2 where too little could be observed.
+        0 where nothing at or above ``fail_on`` was found, 1 where something was, 2 where too little could be observed;
+        a trial does not change it, since the model is as ill as before.
 
     Raises:
-        TargetError: If the target cannot be loaded, or its model cannot be checked.
+        TargetError: If the target cannot be loaded, or its model cannot be checked, or cures cannot be tried on it.
     """
+    result = None
     with _search_path(target), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        model, batch, compute_loss = load_target(target)
-        try:
-            diagnosis = check(model, batch, compute_loss, select=tuple(select), ignore=tuple(ignore))
-        except GradGuardError:
-            raise
-        except Exception as error:
-            raise TargetError(f"the model of {target!r} could not be checked.\n{_describe(error)}") from error
+        loaded = _load(target)
+        if trial_options is not None:
+            _check_for_trial(target, loaded)
+        rules = GuardConfig(select=tuple(select), ignore=tuple(ignore))
+        diagnosis = _run(
+            target, "checked", partial(check, loaded.model, loaded.batch, loaded.compute_loss, config=rules)
+        )
+        if trial_options is not None and not as_json:
+            print_report(diagnosis)
+        if trial_options is not None:
+            result = _run(target, "tried", partial(_try_cures, loaded, diagnosis, trial_options))
     if as_json:
-        sys.stdout.write(f"{diagnosis.to_json()}\n")
-    else:
+        sys.stdout.write(f"{_json_of(diagnosis, result)}\n")
+    elif result is None:
         print_report(diagnosis)
+    else:
+        _print_trial(result)
     worst = diagnosis.worst()
     if worst is not None and worst >= Severity[fail_on.upper()]:
         return 1
     return 2 if diagnosis.healthy is None else 0
+
+
+def _run(target: str, what: str, function: Callable[[], _Result]) -> _Result:
+    """Run something on the model of a target; its own errors become the target's."""
+    try:
+        return function()
+    except GradGuardError:
+        raise
+    except Exception as error:
+        raise TargetError(f"the model of {target!r} could not be {what}.\n{_describe(error)}") from error
+
+
+def _try_cures(loaded: _Target, diagnosis: Diagnosis, options: TrialOptions) -> TrialResult:
+    assert loaded.make_optimizer is not None  # noqa: S101  # _check_for_trial lets no such target pass
+    console = Console(stderr=True, highlight=False, quiet=not options.progress)
+    with console.status("trying cures on copies of the model"):
+        return trial(
+            loaded.model,
+            loaded.batches,
+            loaded.compute_loss,
+            loaded.make_optimizer,
+            diagnosis=diagnosis,
+            steps=options.steps,
+            seconds=options.seconds,
+            progress=partial(console.print, markup=False),
+        )
+
+
+def _print_trial(result: TrialResult) -> None:
+    console = Console(highlight=False)
+    console.print("\nCures tried on copies of the model, which is as it was:", soft_wrap=True)
+    for part in render_trial(result, console.options, apply="" if result.best is None else result.best.code):
+        console.print(part)
+
+
+def _json_of(diagnosis: Diagnosis, result: TrialResult | None) -> str:
+    """Return the diagnosis as JSON; with a trial its prescriptions hold what was measured, and ``"trial"`` the rest."""
+    if result is None:
+        return diagnosis.to_json()
+    tried = {key: value for key, value in result.to_dict().items() if key != "diagnosis"}
+    known = result.diagnosis if result.diagnosis is not None else diagnosis
+    return json.dumps(known.to_dict() | {"trial": tried}, indent=2, allow_nan=False)
 
 
 def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any, Any], Any]]:
@@ -95,6 +188,11 @@ def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any, Any], Any]]
     Raises:
         TargetError: If any of that fails. The message shows the original error, or names the closest function.
     """
+    loaded = _load(target)
+    return loaded.model, loaded.batch, loaded.compute_loss
+
+
+def _load(target: str) -> _Target:
     where, colon, name = target.rpartition(":")
     if not colon or not where or not name:
         raise TargetError(f"target {target!r} names no module and function. {_FORMS}")
@@ -109,18 +207,34 @@ def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any, Any], Any]]
     return _checked(target, value)
 
 
-def _checked(target: str, value: Any) -> tuple[nn.Module, Any, Callable[[Any, Any], Any]]:
-    if not isinstance(value, (tuple, list)) or len(value) != 3:
+def _checked(target: str, value: Any) -> _Target:
+    if not isinstance(value, (tuple, list)) or len(value) not in {3, 5}:
         size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
         raise TargetError(f"{target!r} returned a {type(value).__name__}{size}. {_RETURNS}")
-    model, batch, compute_loss = value
-    if not isinstance(model, nn.Module):
-        raise TargetError(f"{target!r} returned a {type(model).__name__} as its model, not an nn.Module. {_RETURNS}")
-    if not callable(compute_loss):
-        raise TargetError(
-            f"{target!r} returned a {type(compute_loss).__name__} as compute_loss, which cannot be called. {_RETURNS}"
-        )
-    return model, batch, compute_loss
+    loaded = _Target(*value)
+    if not isinstance(loaded.model, nn.Module):
+        kind = type(loaded.model).__name__
+        raise TargetError(f"{target!r} returned a {kind} as its model, not an nn.Module. {_RETURNS}")
+    if not callable(loaded.compute_loss):
+        kind = type(loaded.compute_loss).__name__
+        raise TargetError(f"{target!r} returned a {kind} as compute_loss, which cannot be called. {_RETURNS}")
+    return loaded
+
+
+def _check_for_trial(target: str, loaded: _Target) -> None:
+    """Refuse a target that has not what a trial needs.
+
+    Raises:
+        TargetError: If make_optimizer or batches are missing or of the wrong kind.
+    """
+    if loaded.make_optimizer is None and loaded.batches is None:
+        raise TargetError(f"{target!r} returned no make_optimizer and no batches. {_FOR_TRIAL}")
+    if not callable(loaded.make_optimizer):
+        kind = type(loaded.make_optimizer).__name__
+        raise TargetError(f"{target!r} returned a {kind} as make_optimizer, which cannot be called. {_FOR_TRIAL}")
+    if isinstance(loaded.batches, (str, bytes, dict, torch.Tensor)) or not isinstance(loaded.batches, Iterable):
+        kind = type(loaded.batches).__name__
+        raise TargetError(f"{target!r} returned a {kind} as batches, which is no iterable of batches. {_FOR_TRIAL}")
 
 
 def _import(where: str) -> ModuleType:

@@ -117,6 +117,7 @@ class Prescription:
         remedy: Name of the remedy, for instance ``"layer-norm"``.
         reason: Why it should help here, in one sentence.
         code: A line (or a few) of Python to paste.
+        expected: What should be different afterwards, in one sentence; what a trial measured is ``effect``.
         reference: Where the remedy comes from.
         arguments: Arguments of the remedy, by name.
         effect: Measured effect, or ``None`` while nobody has tried it. Reports label such cures as untried.
@@ -125,6 +126,7 @@ class Prescription:
     remedy: str
     reason: str
     code: str = ""
+    expected: str = ""
     reference: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     effect: Effect | None = None

@@ -142,7 +142,7 @@ def _entrants(
     if candidates is None:
         given = [cure for finding in _illnesses(diagnosis) for cure in finding.prescriptions]
     else:
-        given = [_named(item) if isinstance(item, str) else item for item in candidates]
+        given = [plain_prescription(item) if isinstance(item, str) else item for item in candidates]
     entrants, impossible, seen = [], [], set()
     for cure in given:
         if cure.remedy in seen:
@@ -156,17 +156,6 @@ def _entrants(
         else:
             entrants.append(Entrant(prescription=cure, remedy=remedy))
     return entrants, tuple(impossible)
-
-
-def _named(name: str) -> Prescription:
-    """Return a prescription for a remedy by name: one that findings ask for, or any other that can be applied."""
-    try:
-        return plain_prescription(name)
-    except ValueError:
-        if catalogue.find(name) is None:
-            raise
-    line = f"gradguard.apply({name!r}, model, optimizer=optimizer, batch=batch)"
-    return Prescription(remedy=name, reason="Asked for by name.", code=line)
 
 
 def _with_effects(diagnosis: Diagnosis, ranking: Sequence[Prescription]) -> Diagnosis:

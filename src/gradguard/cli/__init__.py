@@ -47,6 +47,15 @@ Example, with this function in net.py:
   gradguard check net.py:sample
   gradguard check my_package.net:sample --fail-on error --ignore dead
 
+\b
+For --trial, which tries cures on copies, it returns two things more:
+      adam = lambda model: torch.optim.Adam(model.parameters())
+      return Net(), (images, labels), loss, adam, train_loader
+
+\b
+  gradguard check net.py:sample --trial
+  gradguard check net.py:sample --trial --steps 20 --seconds 60
+
 Exit code: 0 healthy, 1 a finding at or above --fail-on, 2 the check could not be made or saw too little.
 """
 
@@ -137,7 +146,7 @@ def explain(
 
 
 @app.command(epilog=_CHECK_EXAMPLES)
-def check(
+def check(  # noqa: PLR0913  # every option of the command is an argument
     target: Annotated[
         str,
         typer.Argument(
@@ -157,16 +166,39 @@ def check(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Leave these rules out; wins over --select.", metavar="RULES")
     ] = None,
+    trial: Annotated[
+        bool, typer.Option("--trial", help="Then try the cures on copies of the model, and rank them.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps that a copy is trained for, with --trial; 40 by default.", min=1)
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Seconds after which a trial ends with what is known by then.", min=0.1)
+    ] = None,
+    progress: Annotated[
+        bool, typer.Option("--progress/--no-progress", help="Say on standard error how a trial goes.")
+    ] = True,
 ) -> None:
     """Check a model before its first step.
 
     One forward and one backward pass, which leave the model as it was. TARGET names a function without arguments that
-    returns the model, a batch, and a function of both that computes the scalar loss.
+    returns the model, a batch, and a function of both that computes the scalar loss; for --trial also a function that
+    makes an optimizer for a model, and training batches.
     """
     selected, ignored = _rule_list(select, "--select"), _rule_list(ignore, "--ignore")
+    for option, value in (("--steps", steps), ("--seconds", seconds)):
+        if value is not None and not trial:
+            raise typer.BadParameter("it bounds a trial: add --trial", param_hint=f"'{option}'")
+    commands = _torch_commands()
+    options = commands.TrialOptions(steps=steps, seconds=seconds, progress=progress) if trial else None
     try:
-        code = _torch_commands().run_check(
-            target, as_json=as_json, fail_on=fail_on.value, select=selected, ignore=ignored
+        code = commands.run_check(
+            target,
+            as_json=as_json,
+            fail_on=fail_on.value,
+            select=selected,
+            ignore=ignored,
+            trial_options=options,
         )
     except GradGuardError as error:
         _fail(error)

@@ -1,28 +1,27 @@
 """Prescriptions: for each finding and cause the cures to try, best first, as data. Nothing here acts.
 
-Each comes with a reason, lines of plain PyTorch to paste, and a source. The lines use ``model``, ``optimizer`` and the
-names of a usual training loop. Nobody has tried them yet: ``effect`` is ``None`` until a trial measures it.
+Each comes with a reason, lines to paste, what to expect of it, and a source. The lines use ``model``, ``optimizer``,
+``batch`` and the names of a usual training loop; where the library can apply a cure they do what it does. Nobody has
+tried them yet: ``effect`` is ``None`` until a trial measures it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from gradguard.findings import Diagnosis, Finding, Prescription, Severity
+from gradguard.findings import Diagnosis, Finding, LayerProfile, Prescription, Severity
 from gradguard.prescriptions._choice import CURES
+from gradguard.prescriptions._suited import activation_of, suited
 from gradguard.prescriptions._texts import REMEDIES
 
 __all__ = ["plain_prescription", "prescribe", "prescriptions_for", "with_factor"]
 
 _RATE_FACTORS = (1e-4, 0.5, 2.0, 1e4)
 """Smallest and largest factor by which to lower, and to raise, a learning rate at once. Ours."""
-
-_ZERO_CENTRED = frozenset({"Tanh", "Softsign", "Hardtanh"})
-"""Activations for which Xavier, not He, is the initialization that keeps the variance. Source: Glorot and Bengio
-(2010)."""
 
 
 def prescribe(diagnosis: Diagnosis) -> Diagnosis:
@@ -33,20 +32,21 @@ def prescribe(diagnosis: Diagnosis) -> Diagnosis:
     Args:
         diagnosis: A verdict without prescriptions.
     """
-    return replace(
-        diagnosis, findings=tuple(replace(f, prescriptions=prescriptions_for(f)) for f in diagnosis.findings)
-    )
+    findings = (replace(f, prescriptions=prescriptions_for(f, diagnosis.layers)) for f in diagnosis.findings)
+    return replace(diagnosis, findings=tuple(findings))
 
 
-def prescriptions_for(finding: Finding) -> tuple[Prescription, ...]:
+def prescriptions_for(finding: Finding, layers: Sequence[LayerProfile] = ()) -> tuple[Prescription, ...]:
     """Return the cures to try for one finding, best first; empty for what has cleared or follows from another.
 
     Args:
         finding: A finding with its cause and evidence.
+        layers: The model's layers, by which cures are chosen that suit its kind; may be empty where unknown.
     """
     if not finding.standing or finding.consequence_of is not None:
         return ()
-    return tuple(_fill(name, finding) for name in _names(finding))
+    names = CURES.get((finding.code, finding.cause), CURES.get((finding.code, None), ()))
+    return tuple(_fill(name, finding) for name in suited(names, finding, layers))
 
 
 def plain_prescription(name: str) -> Prescription:
@@ -73,63 +73,47 @@ def with_factor(prescription: Prescription, factor: float) -> Prescription:
         prescription: ``"lower-learning-rate"`` or ``"higher-learning-rate"``.
         factor: Above 0.
     """
+    factor = _rounded(factor, 2)
     code = REMEDIES[prescription.remedy].code.format(factor=f"{factor:.2g}")
     return replace(prescription, arguments={**prescription.arguments, "factor": factor}, code=code)
 
 
-def _names(finding: Finding) -> tuple[str, ...]:
-    kind = finding.evidence.get("kind")
-    names = CURES.get((finding.code, finding.cause), CURES.get((finding.code, None), ()))
-    if finding.code == "GG104" and kind is not None:
-        names = ("freeze",) if kind.value == "unused" else ("remove-detach", "freeze-module")
-    if not finding.layer:
-        names = tuple(name for name in names if name != "freeze-module")
-    gate = finding.evidence.get("mean_gate")
-    if gate is not None and "forget" not in gate.note:  # a GRU has none
-        names = tuple(name for name in names if name != "forget-bias")
-    if gate is not None:
-        names = tuple(name for name in names if name != "gated-cell")
-    elif finding.code == "GG111" and "derivative" in finding.evidence:  # a plain RNN has no gates to open
-        names = tuple(name for name in names if name != "chrono-bias")
-    if _activation(finding) in _ZERO_CENTRED:
-        names = tuple("xavier-initialization" if name == "he-initialization" else name for name in names)
-    return names
-
-
 def _fill(name: str, finding: Finding) -> Prescription:
     remedy = REMEDIES[name]
-    factor = _factor(name, finding)
-    parameter = next(iter(finding.layers), "")
+    arguments = _arguments(name, finding)
     values = {
         "layer": finding.layer or "the model's output",
-        "parameter": parameter,
-        "activation": _activation(finding) if name in {"relu", "layer-norm", "batch-norm"} else "ReLU",
-        "factor": f"{factor:.2g}",
-        "norm": f"{_usual_norm(finding):.3g}",
+        "parameter": next(iter(finding.layers), ""),
+        "activation": activation_of(finding),
+        "factor": f"{arguments.get('factor', 1.0):.2g}",
+        "norm": f"{_clip_norm(name, finding):.3g}",
         "steps": f"{_time_steps(finding)}",
     }
     return Prescription(
         remedy=name,
         reason=remedy.reason.format(**values),
         code=remedy.code.format(**values),
+        expected=remedy.expected.format(**values),
         reference=remedy.reference,
-        arguments=_arguments(name, finding, factor),
+        arguments=arguments,
     )
 
 
-def _arguments(name: str, finding: Finding, factor: float) -> dict[str, Any]:
-    """Return the arguments with which the remedy could be applied by itself."""
+def _arguments(name: str, finding: Finding) -> dict[str, Any]:
+    """Return the arguments with which the remedy is applied, the same as those written in its code."""
     if name in {"lower-learning-rate", "higher-learning-rate"}:
-        return {"factor": factor}
+        return {"factor": _rounded(_factor(name, finding), 2)}
     if name == "clip-norm":
-        return {"max_norm": 1.0}
-    if name == "chrono-bias":
-        return {"steps": _time_steps(finding)}
-    if name == "relu":
-        return {"activation": _activation(finding)}
+        return {"max_norm": _clip_norm(name, finding)}
+    if name == "chrono-initialization":
+        return {"max_time": _time_steps(finding)}
     if name in {"freeze", "add-to-optimizer"}:
         return {"parameters": finding.layers}
     return {}
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def _time_steps(finding: Finding) -> int:
@@ -138,16 +122,14 @@ def _time_steps(finding: Finding) -> int:
     return max(3, int(known.value)) if known is not None else 100
 
 
-def _usual_norm(finding: Finding) -> float:
-    """Return twice the usual norm of the gradient, 1 where it is not known."""
-    known = finding.evidence.get("usual_norm", finding.evidence.get("largest_norm"))
-    return 2.0 * float(known.value) if known is not None else 1.0
-
-
-def _activation(finding: Finding) -> str:
-    """Return the class name of the activation concerned, ReLU where it is not known."""
-    evidence = finding.evidence.get("activation")
-    return str(evidence.value) if evidence is not None else "ReLU"
+def _clip_norm(name: str, finding: Finding) -> float:
+    """Return twice the usual norm of the gradient, or twice the largest for a threshold never reached; else 1."""
+    usual = finding.evidence.get("largest_norm" if name == "lower-clip-norm" else "usual_norm")
+    value = finding.evidence.get("value")
+    if usual is None and value is not None and value.note == "gradient norm":
+        usual = finding.evidence.get("usual")
+    norm = 2.0 * float(usual.value) if usual is not None else 1.0
+    return _rounded(norm, 3) if 0.0 < norm < math.inf else 1.0
 
 
 def _factor(name: str, finding: Finding) -> float:

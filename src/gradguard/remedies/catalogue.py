@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from torch import nn
 
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.initialization import REMEDIES as INITIALIZATIONS
+from gradguard.remedies.initialization import chrono_initialize
 from gradguard.remedies.optimizing import attach_clipper, scale_learning_rate, set_option
 from gradguard.remedies.surgery import REMEDIES as OPERATIONS
 
@@ -24,6 +25,10 @@ LEVELS = MappingProxyType(
     {"optimizer": 0, "initialization": 1, "normalization": 2, "activation": 3, "residual": 4, "cell": 5}
 )
 """How much a remedy changes, from least to most. Source: ours, algorithms.md, section K."""
+
+
+_TIME_STEPS = 100
+"""Steps to remember over where nobody says. Ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,11 @@ def _run_on_model(function: Callable[..., Applied], target: Target) -> Applied:
     return function(target.model, batch=target.batch, compute_loss=target.compute_loss, optimizer=target.optimizer)
 
 
+def _chrono(target: Target) -> Applied:
+    steps = int(target.arguments.get("max_time", _TIME_STEPS))
+    return chrono_initialize(target.model, steps, optimizer=target.optimizer)
+
+
 def _optimizer(target: Target) -> Optimizer:
     if target.optimizer is None:
         raise ValueError("this remedy acts through the optimizer: pass optimizer=")
@@ -125,6 +135,7 @@ def _entries() -> dict[str, Remedy]:
         found[name] = Remedy(
             name=name, level=LEVELS["initialization"], acts_on="model", run=partial(_run_on_model, function)
         )
+    found["chrono-initialization"] = replace(found["chrono-initialization"], run=_chrono)  # it needs a length
     for name, (level, operation) in OPERATIONS.items():
         found[name] = Remedy(name=name, level=LEVELS[level], acts_on="model", run=partial(_run_on_model, operation))
     return found

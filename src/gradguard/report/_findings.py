@@ -135,6 +135,9 @@ def _cures(finding: Finding, manner: Manner) -> Iterator[Text]:
         reason = wrap(Text.assemble((cure.remedy, "bold"), f": {cure.reason}"), max(1, manner.text_width - _MARK))
         yield from _labelled("", hang(reason, pad(str(index + 1), _MARK), _MARK))
         if index == 0 or manner.show_all:
+            if cure.expected:
+                effect = wrap(f"Expected: {cure.expected}", max(1, manner.text_width - _MARK))
+                yield from _labelled("", hang(effect, " " * _MARK, _MARK))
             yield from _code(cure, manner)
         if manner.show_all and cure.reference:
             source = wrap(Text(cure.reference, "dim"), max(1, manner.text_width - _MARK))

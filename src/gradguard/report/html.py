@@ -180,6 +180,7 @@ def _cures(finding: Finding, *, show_all: bool) -> Iterator[str]:
     for index, cure in enumerate(explained):
         yield f"<div>{index + 1} <strong>{_text(cure.remedy)}</strong>: {_text(cure.reason)}</div>"
         if index == 0 or show_all:
+            yield f"<div>Expected: {_text(cure.expected)}</div>" if cure.expected else ""
             yield _code(cure)
         if show_all and cure.reference:
             yield f'<div style="{_MUTED}">{_text(cure.reference)}</div>'

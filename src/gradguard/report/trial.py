@@ -30,12 +30,13 @@ _LEAST_OUTCOME = 24
 _STYLES = {"best": "bold green", "helps": "green", "diverged": "red", "worse": "red"}
 
 
-def render_trial(result: TrialResult, options: ConsoleOptions) -> Iterator[RenderableType]:
+def render_trial(result: TrialResult, options: ConsoleOptions, *, apply: str = _APPLY) -> Iterator[RenderableType]:
     """Yield the lines of a trial's table, top to bottom.
 
     Args:
         result: What to draw.
         options: Width of the console.
+        apply: Code that takes the winner; by default for who has the result at hand.
     """
     width = max(40, options.max_width)
     yield join(wrap(Text(headline(result), "bold"), width))
@@ -43,7 +44,8 @@ def render_trial(result: TrialResult, options: ConsoleOptions) -> Iterator[Rende
     if len(rows) > 1:
         yield join(list(_table(rows, width)))
     if result.best is not None:
-        yield join(hang(wrap(Text(_APPLY), width - 3), "   ", 3))
+        lines = apply.split("\n")
+        yield join([part for line in lines for part in hang(wrap(Text(line), width - 3), "   ", 3)])
     yield join(wrap(Text(_cost(result), "dim"), width))
 
 
