@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
+from gradguard.profiles import TimeProfile
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -276,6 +278,7 @@ class Diagnosis:
         unobserved: What could not be measured, and why.
         layers: Layers in execution order at the last observation.
         summary: The run in numbers.
+        time_profiles: The gradient through time, by recurrent module.
     """
 
     findings: tuple[Finding, ...]
@@ -285,6 +288,7 @@ class Diagnosis:
     unobserved: tuple[Unobserved, ...] = ()
     layers: tuple[LayerProfile, ...] = ()
     summary: RunSummary = field(default_factory=RunSummary)
+    time_profiles: tuple[TimeProfile, ...] = ()
 
     @property
     def primary(self) -> Finding | None:
