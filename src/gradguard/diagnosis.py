@@ -17,6 +17,7 @@ from gradguard.detectors._numbers import column, signal
 from gradguard.detectors._updates import matrix_ratios, ratio_quantile
 from gradguard.detectors.dead_units import unit_shares
 from gradguard.detectors.depth import observed_spans
+from gradguard.detectors.temporal import time_profiles
 from gradguard.findings import Cause, Diagnosis, Finding, LayerProfile, RunSummary, Severity, Unobserved
 from gradguard.history import History
 from gradguard.records import FloatArray, StepRecord
@@ -127,6 +128,7 @@ def diagnose(
         unobserved=tuple(unobserved),
         layers=_profile(part, linked),
         summary=summary,
+        time_profiles=time_profiles(history, linked),
     )
     return replace(diagnosis, verdict=_verdict(diagnosis, history, settings, reason))
 

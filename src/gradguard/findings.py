@@ -14,6 +14,7 @@ from enum import Enum, IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
 from gradguard.actions import ActionSummary
+from gradguard.profiles import TimeProfile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -316,6 +317,7 @@ class Diagnosis:
         summary: The run in numbers.
         spectra: Exact spectra of the weights, where a report in depth was asked for.
         actions: What was done to the steps of each optimizer while the run went on; empty where nothing may be done.
+        time_profiles: The gradient through time, by recurrent module.
     """
 
     findings: tuple[Finding, ...]
@@ -327,6 +329,7 @@ class Diagnosis:
     summary: RunSummary = field(default_factory=RunSummary)
     spectra: tuple[MatrixSpectrum, ...] = ()
     actions: tuple[ActionSummary, ...] = ()
+    time_profiles: tuple[TimeProfile, ...] = ()
 
     @property
     def primary(self) -> Finding | None:

@@ -28,6 +28,7 @@ from gradguard.report._story import (
     unobserved_texts,
 )
 from gradguard.report._table import layer_table
+from gradguard.report._time import time_charts
 
 __all__ = ["print_report", "render"]
 
@@ -104,6 +105,7 @@ def _sections(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: b
         yield notes
     else:
         yield [*_indented([*results, *cost_items(diagnosis)], manner), *done, *ending, *notes]
+    yield _time(diagnosis, manner, width, ascii_only=ascii_only)
     if healthy is False or manner.show_all:
         yield _table(diagnosis, manner, width, ascii_only=ascii_only)
     empty = "-" if ascii_only else "·"
@@ -123,4 +125,15 @@ def _hanging(texts: Iterable[str], manner: Manner) -> list[Text]:
 
 def _table(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: bool) -> list[Text]:
     lines = layer_table(diagnosis.layers, max(1, width - 1), ascii_only=ascii_only, show_all=manner.show_all)
+    return [Text.assemble(" ", line) for line in lines]
+
+
+def _time(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: bool) -> list[Text]:
+    lines = time_charts(
+        diagnosis,
+        max(1, width - 1),
+        ascii_only=ascii_only,
+        separator=manner.separator,
+        show_all=manner.show_all,
+    )
     return [Text.assemble(" ", line) for line in lines]
