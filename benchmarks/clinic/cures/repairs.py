@@ -25,6 +25,9 @@ _ALWAYS = ("he-initialization", "batch-norm", "clip-norm")
 _FACTORS = (1e-3, 1e-2, 1e-1, 1e1, 1e2, 1e3)
 """Factors that a random change of the learning rate draws from."""
 
+_BATCHES_BEFORE = 4
+"""Steps before an illness was first seen whose batches a trial begins with."""
+
 _MOST_TRIES = 10
 """Repairs that AUTOTRAINER tries at most. Source: peers.md, section 3.3."""
 
@@ -51,9 +54,13 @@ class Repair:
 
 
 def ours(case: Case, seed: int, sick: Outcome) -> Repair:
-    """Try the prescriptions of the sick run's diagnosis on copies of its original weights; train with the best."""
+    """Try the prescriptions of the sick run's diagnosis on copies of its original weights; train with the best.
+
+    The batches are those from shortly before the illness was first seen, as the documentation of a trial asks for.
+    """
     job = build(case, seed)
-    setting = setting_of(job)
+    primary = sick.diagnosis.primary if sick.diagnosis is not None else None
+    setting = setting_of(job, first=max(0, primary.step - _BATCHES_BEFORE) if primary is not None else 0)
     result = gradguard.trial(
         job.model, setting.batches, setting.loss, setting.make_optimizer, diagnosis=sick.diagnosis, run_steps=job.steps
     )

@@ -57,7 +57,8 @@ class Outcome:
 
     Attributes:
         quality: As the case measures it: at most 1, 0 for having learnt nothing; 0 as well where it is not finite.
-        diagnosis: What the guard made of it, where there was one.
+        diagnosis: What the guard made of it, where there was one: at the end, or at its first alarm where that alarm has
+            cleared by then. Somebody who looks at the alarm sees this.
         readings: What rivals' rules need, where they were asked for.
     """
 
@@ -85,8 +86,14 @@ def build(case: Case, seed: int) -> Job:
     return case.build(seed)
 
 
-def setting_of(job: Job, batches: int = 80) -> Setting:
-    """Return what a user would give to a trial."""
+def setting_of(job: Job, *, first: int = 0, batches: int = 80) -> Setting:
+    """Return what a user would give to a trial.
+
+    Args:
+        job: The run.
+        first: Step of the first batch.
+        batches: How many to give at most.
+    """
     groups = _groups(job)
 
     def make_optimizer(model: nn.Module) -> Optimizer:
@@ -108,7 +115,7 @@ def setting_of(job: Job, batches: int = 80) -> Setting:
     left_out = {name for name, _ in job.model.named_parameters()} - held
     return Setting(
         job=job,
-        batches=[job.batch(index) for index in range(min(batches, job.steps * job.accumulate))],
+        batches=[job.batch(index) for index in range(first, min(first + batches, job.steps * job.accumulate))],
         loss=lambda model, batch: job_loss(_with(job, model), batch),
         make_optimizer=make_optimizer,
     )
@@ -129,10 +136,12 @@ def train(case: Case, seed: int, treat: Treat | None = None, *, watch: bool = Fa
         job = _with(job, treat(setting_of(job)))
     reader = Probe(job) if probe else None
     losses = [0.0]
+    alarms: list[gradguard.Finding] = []
+    at_alarm: gradguard.Diagnosis | None = None
     guard = None
     if watch:
         optimizer = job.optimizers if len(job.optimizers) > 1 else job.optimizers[0]
-        guard = gradguard.watch(job.model, optimizer, scaler=job.scaler, on_finding="silent")
+        guard = gradguard.watch(job.model, optimizer, scaler=job.scaler, on_finding=alarms.append)
 
     def record(step: int, loss: Tensor, name: str) -> None:
         losses.append(float(loss.detach()))
@@ -141,15 +150,19 @@ def train(case: Case, seed: int, treat: Treat | None = None, *, watch: bool = Fa
         if reader is not None:
             reader.read(step)
 
-    drive(
-        job,
-        record,
-        begin=None if reader is None else reader.begin,
-        end=None if reader is None else lambda step: reader.end(step, losses[-1]),
-    )
+    def end(step: int) -> None:
+        nonlocal at_alarm
+        if guard is not None and at_alarm is None and any(f.severity >= gradguard.Severity.WARNING for f in alarms):
+            at_alarm = guard.diagnose()
+        if reader is not None:
+            reader.end(step, losses[-1])
+
+    drive(job, record, begin=None if reader is None else reader.begin, end=end)
     diagnosis = None
     if guard is not None:
         diagnosis = guard.diagnose()
+        if diagnosis.primary is None and at_alarm is not None:
+            diagnosis = at_alarm
         guard.detach()
     quality = job.quality(job.model)
     return Outcome(
