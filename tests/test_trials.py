@@ -199,8 +199,14 @@ def contest(
 def test_an_untreated_copy_that_learns_needs_no_cure_by_health_alone(
     monkeypatch: pytest.MonkeyPatch, lr: float, recommended: bool
 ) -> None:
-    """What a check finds counts only where no loss moves."""
-    monkeypatch.setattr(Contest, "_found", lambda _self, model: set() if hasattr(model, "treated") else {"GG101"})
+    """What a check finds before the first step counts only where no loss moves: who learns outgrows it."""
+    begun = net(init="he").state_dict()["0.weight"]
+
+    def found(_self: Contest, model: nn.Module) -> set[str]:
+        untrained = bool(torch.allclose(model.get_parameter("0.weight"), begun, atol=1e-4))
+        return {"GG101"} if untrained and not hasattr(model, "treated") else set()
+
+    monkeypatch.setattr(Contest, "_found", found)
 
     def treat(target: Target) -> Applied:
         target.model.treated = True  # type: ignore[assignment]

@@ -285,17 +285,17 @@ class Contest:
             self._mender = self._first_that_mends()
 
     def _first_that_mends(self) -> Entrant | None:
-        """Return the first cure after which a check no longer finds the illness, where no loss moves at all.
+        """Return the first cure after which a check no longer finds the illness, where no loss tells.
 
-        Some runs learn nothing for hundreds of steps even when they are healthy, so that no trial is long enough for
-        the loss. What a check sees of the illness in the untreated copy, and not in the treated one, is then all there
-        is to go by. An untreated copy that learns needs no such cure.
+        Some runs learn nothing for hundreds of steps even when they are healthy, others lose little by little: no trial
+        is long enough for their loss. What a check sees of the illness in the untreated copy, and not in the treated
+        one, is then all there is to go by. In an untreated copy that learns it must still be there at the end.
         """
         control = self._control[0]
         before, after = control.halves(self._plan.length)
-        if before - after > _NOTICEABLE * abs(before):
-            return None
-        found = self._found(control.model) | self._found(copy_of(self._model))
+        found = self._found(control.model)
+        if before - after <= _NOTICEABLE * abs(before):
+            found |= self._found(copy_of(self._model))
         if self._illness not in found:
             return None
         for entrant in self._entrants:
@@ -304,7 +304,7 @@ class Contest:
             last = len(entrant.lanes[0].losses)
             worse = entrant.lanes[0].halves(last)[1] - control.halves(last)[1]
             left = self._found(entrant.lanes[0].model)
-            if self._illness not in left and left <= found and not worse > _NOTICEABLE * abs(after):
+            if self._illness not in left and left <= found and not worse > 0.5 * _NOTICEABLE * abs(after):
                 entrant.healthy = True
                 return entrant
         return None

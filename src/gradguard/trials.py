@@ -68,9 +68,9 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         progress: Called with a line of text when something was measured.
 
     Returns:
-        The ranking. Nothing is recommended where nothing is wrong, or where nothing helps by more than chance. Where no
-        loss moves at all, untreated or treated, the first cure is recommended after which a check no longer finds what
-        is wrong, and ``note`` says so.
+        The ranking. Nothing is recommended where nothing is wrong, or where nothing helps by more than chance. Where
+        the loss tells no difference, the first cure is recommended after which a check no longer finds what it finds in
+        the untreated copy, and ``note`` says so.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -136,8 +136,8 @@ def _note(contest: Contest, best: Prescription | None) -> str:
     if not contest.goes_by_health:
         return ""
     return (
-        f"No loss moves within so few steps, untreated or treated. {best.remedy} is the first cure after which a check "
-        "no longer finds what is wrong: give it a longer trial, or a run."
+        f"No cure lowers the loss within so few steps. {best.remedy} is the first one after which a check no longer "
+        "finds what is wrong: give it a longer trial, or a run."
     )
 
 

@@ -63,9 +63,9 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG505", None): ("lower-learning-rate", "clip-norm", "warm-up", "restore-checkpoint"),
         ("GG601", None): ("lower-clip-norm", "adaptive-clip"),
         ("GG602", None): ("raise-clip-norm", "adaptive-clip"),
-        ("GG701", Cause.WEIGHT_SCALE): ("scale-attention", "small-query-key", "qk-norm"),
-        ("GG701", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
-        ("GG702", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
+        ("GG701", Cause.WEIGHT_SCALE): ("small-query-key", "scale-attention", "qk-norm"),
+        ("GG701", None): ("lower-learning-rate", "warm-up", "small-query-key", "qk-norm", "sigma-reparam"),
+        ("GG702", None): ("lower-learning-rate", "warm-up", "qk-norm", "small-query-key", "sigma-reparam"),
         ("GG703", None): ("lower-beta2", "clip-norm"),
     }
 )

@@ -106,16 +106,13 @@ WEIGHTS: Mapping[str, RemedyText] = MappingProxyType(
             reference="Tallec, Ollivier (2018), Can recurrent neural networks warp time?, ICLR, arXiv 1804.11188",
         ),
         "small-query-key": RemedyText(
-            reason="Logits go with the product of two weights: usual ones start with attention spread over all keys.",
+            reason="Logits go with the product of two weights: each takes half of what makes them too large.",
             code=(
-                "attention = dict(model.named_modules()).get({layer!r}, model)\n"
-                "for name, weight in attention.named_parameters():\n"
-                "    if weight.ndim == 2 and any(part in name for part in "
-                '("query", "key", "q_proj", "k_proj", "in_proj", "qkv")):\n'
-                "        torch.nn.init.xavier_uniform_(weight)"
+                "from gradguard.remedies.initialization import scale_query_key\n"
+                "scale_query_key(model, batch, compute_loss=compute_loss, optimizer=optimizer)"
             ),
             expected="Logits of a few units, and an entropy near that of looking at every key alike.",
-            reference=GLOROT,
+            reference="Kimi Team (2025), Kimi K2, section 2.1 (QK-Clip), arXiv 2507.20534",
         ),
     }
 )
