@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import gradguard
 from gradguard import clip
 from gradguard.findings import Severity
-from tests.live import Tilt, back_off, everything, run, same, slopes, train_digits
+from tests.live import Tilt, back_off, everything, hook_counts, run, same, slopes, train_digits
 from tests.models import digit_batch, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradguard. step.*GG:gradguard.GradGuardWarning")
