@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 import gradguard
 from gradguard.findings import Diagnosis
+from gradguard.history import History
 
 BATCH_SIZE = 128
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 """Okabe and Ito's palette, which the colour-blind can tell apart."""
 
 
@@ -46,7 +47,7 @@ class Data:
 class Run:
     """One training run: what gradguard measured, what it says, and what came of the run."""
 
-    history: gradguard.History
+    history: History
     diagnosis: Diagnosis
     losses: tuple[float, ...]
     accuracy: float
@@ -93,10 +94,12 @@ def train(
             loss = loss_of(model, batch)
             loss.backward()
             guard.record(loss=loss)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                break  # it never comes back
             if clipper is not None:
                 clipper.step()
             optimizer.step()
-            losses.append(loss.item())
     model.eval()
     with torch.no_grad():
         accuracy = (model(data.test_images).argmax(1) == data.test_labels).float().mean().item()
@@ -165,7 +168,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if index < words or last else "right", no_wrap=last or index < words)
     for row in rows:
         table.add_row(*row)
-    Console(width=110, highlight=False).print(table)
+    Console(width=120, highlight=False).print(table)
 
 
 def draw(path: Path | None, paint: Callable[[Any], None], *, size: tuple[float, float] = (9.0, 3.8)) -> bool:
@@ -181,9 +184,11 @@ def draw(path: Path | None, paint: Callable[[Any], None], *, size: tuple[float, 
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        Console(stderr=True).print("no picture: it needs matplotlib. Install the extra: pip install 'gradguard\\[examples]'")
+        Console(stderr=True).print(
+            "no picture: it needs matplotlib. Install the extra: pip install 'gradguard\\[examples]'"
+        )
         return False
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    figure = Figure(figsize=size, dpi=80, layout="constrained")
     paint(figure)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)

@@ -107,7 +107,16 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     rows = run(steps=given.steps, seeds=given.seeds)
     common.print_table(
         f"Digits, Adam 1e-3, {given.steps} steps, {given.seeds} seed(s)",
-        ("hidden layers", "activation", "BatchNorm", "accuracy", "factor per layer", "decades, first step", "decades, last", "found"),
+        (
+            "hidden layers",
+            "activation",
+            "BatchNorm",
+            "accuracy",
+            "factor per layer",
+            "decades, first step",
+            "decades, last",
+            "found",
+        ),
         [
             (
                 f"{row.depth}",

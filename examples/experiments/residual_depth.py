@@ -2,8 +2,9 @@
 
 Run: python -m examples.experiments.residual_depth [--picture FILE]        About a minute on two cores.
 
-Every hidden layer is ``Linear(ReLU(x))``, 64 wide, with torch's own initialization; nobody normalizes. Plain, the layers
-follow one another; residual, each is added to what it was given; with SkipInit, after a learnt scalar that starts at 0.
+Every hidden layer is ``Linear(ReLU(x))``, 64 wide, with torch's own initialization and no normalization. Plain, the
+layers follow one another; residual, each is added to what it was given; with SkipInit, times a learnt scalar that
+starts at 0.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Net(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits of shape ``[batch, 10]`` for images of shape ``[batch, 64]``."""
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x) if self.residual else block(x)
@@ -100,9 +102,13 @@ def paint(figure: Any, rows: Sequence[Row]) -> None:
         norms = common.profile(next(row for row in mine if row.depth == deepest).runs[0], 0)
         right.semilogy(range(1, len(norms) + 1), norms, color=colour, label=kind)
     left.axhline(10.0, color="#888888", linewidth=0.8, linestyle=":")
-    left.set(xlabel="hidden layers", ylabel="held-out accuracy, %", ylim=(0, 102), title="After training (dotted: chance)")
+    left.set(
+        xlabel="hidden layers", ylabel="held-out accuracy, %", ylim=(0, 102), title="After training (dotted: chance)"
+    )
     left.legend(frameon=False, loc="center left")
-    right.set(xlabel="layer, from the input", ylabel="|dL/dy|", title=f"Gradient of {deepest} layers, at the first step")
+    right.set(
+        xlabel="layer, from the input", ylabel="|dL/dy|", title=f"Gradient of {deepest} layers, at the first step"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
