@@ -12,7 +12,7 @@ from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import Trend, loss_progress
 from gradguard.detectors._numbers import finite_median, percent
 from gradguard.detectors._spikes import robust_z
-from gradguard.detectors._updates import matrix_ratios, ratio_quantile
+from gradguard.detectors._updates import median_ratios
 from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
 from gradguard.records import FloatArray
@@ -76,7 +76,7 @@ def find_epsilon_limited(history: History, config: GuardConfig) -> Sequence[Find
     rows = np.flatnonzero(limited[episode.last])
     root = finite_median(_matrices(history, "second_moment_rms")[episode.last][rows])
     epsilon = _epsilon(history)
-    crawls = root < _FAR_BELOW * epsilon and ratio_quantile(matrix_ratios(history), 0.5)[episode.last] < _CRAWL
+    crawls = root < _FAR_BELOW * epsilon and median_ratios(history)[episode.last] < _CRAWL
     slow = loss.stuck or crawls or (loss.trend is Trend.FALLING and history.losses[1].size >= _SLOW)
     names = tuple(dict.fromkeys(history.parameters.layers[int(row)] for row in rows))
     return [
