@@ -148,6 +148,24 @@ class GradientMonitor:
             for row, p in enumerate(self._parameters)
             if gradients[row] is not None and row not in self._gradients
         )
+        self._note_facts(readback, gradients, groups)
+        self._samples = list(self._take_samples(gradients)) if sample else []
+        self._updates = []
+        self._float16 = [
+            queue_float16(readback, samples.rows, samples.sizes, samples.gradients, divided_by)
+            for samples in self._samples
+        ]
+        self._lost = {
+            row: readback.put(lost[id(p.parameter)])
+            for row, p in enumerate(self._parameters)
+            if lost is not None and id(p.parameter) in lost
+        }
+        self._moments = queue_moments(readback, list(self._take_moments(groups, state_of))) if state_of else []
+
+    def _note_facts(
+        self, readback: Readback, gradients: list[Tensor | None], groups: Mapping[int, Mapping[str, Any]] | None
+    ) -> None:
+        """Note what is known of each parameter without its values; rates that are tensors are queued."""
         self._facts, self._lr_handles = [], {}
         for row, (named, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
             key = id(named.parameter)
@@ -166,18 +184,6 @@ class GradientMonitor:
                     _rounding_unit(named.parameter),
                 )
             )
-        self._samples = list(self._take_samples(gradients)) if sample else []
-        self._updates = []
-        self._float16 = [
-            queue_float16(readback, samples.rows, samples.sizes, samples.gradients, divided_by)
-            for samples in self._samples
-        ]
-        self._lost = {
-            row: readback.put(lost[id(p.parameter)])
-            for row, p in enumerate(self._parameters)
-            if lost is not None and id(p.parameter) in lost
-        }
-        self._moments = queue_moments(readback, list(self._take_moments(groups, state_of))) if state_of else []
 
     def read_update(self, readback: Readback) -> None:
         """Queue how far the sampled entries moved; call after the optimizer step."""
