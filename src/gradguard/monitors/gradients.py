@@ -22,6 +22,7 @@ from gradguard.monitors._moments import (
     queue_float16,
     queue_moments,
     second_moment,
+    stretch_sums,
     underflow_fraction,
 )
 from gradguard.monitors._reduce import Handle, Norm, Readback, dense, queue_norms, subsample
@@ -105,7 +106,7 @@ class GradientMonitor:
         self._gradients: dict[int, Norm] = {}
         self._weights: dict[int, Norm] = {}
         self._samples: list[_Samples] = []
-        self._updates: list[tuple[list[int], Handle]] = []
+        self._updates: list[tuple[list[int], Handle, Handle]] = []
         self._moments: list[Counts] = []
         self._float16: list[Counts] = []
         self._facts: list[tuple[float, float, float, float, float]] = []
@@ -195,11 +196,10 @@ class GradientMonitor:
             change = after - samples.before
             live = samples.gradients != 0
             moved = (change != 0) & live
-            sums = [
-                torch.stack(torch._foreach_norm(list(column.split(samples.sizes)), order))
-                for column, order in ((change, 2), (samples.before, 2), (moved.float(), 1), (live.float(), 1))
-            ]
-            self._updates.append((samples.rows, readback.put_vector(torch.cat(sums))))
+            columns = [*change.split(samples.sizes), *samples.before.split(samples.sizes)]
+            norms = readback.put_vector(torch.stack(torch._foreach_norm(columns)))
+            counts = readback.put_vector(stretch_sums(torch.stack((moved, live)), samples.sizes))
+            self._updates.append((samples.rows, norms, counts))
 
     def columns(
         self, readback: Readback, *, scale: float, mine: FloatArray, others: FloatArray
@@ -221,9 +221,10 @@ class GradientMonitor:
             for row, norm in norms.items():
                 l2, largest = norm.resolve(readback)
                 columns[names[0]][row], columns[names[1]][row] = l2 * factor, largest * factor
-        for rows, handle in self._updates:
+        for rows, sizes, counts in self._updates:
             for offset, row in enumerate(rows):
-                update, weight, stirred, live = (readback.value(handle, offset + k * len(rows)) for k in range(4))
+                update, weight = (readback.value(sizes, offset + k * len(rows)) for k in range(2))
+                stirred, live = (readback.value(counts, offset + k * len(rows)) for k in range(2))
                 columns["update_ratio"][row] = update / weight if weight > 0.0 else math.nan
                 columns["moved_fraction"][row] = stirred / live if live > 0.0 else math.nan
         self._add_precision(readback, columns, scale)
