@@ -9,6 +9,7 @@ imports neither torch nor Lightning.
 :func:`check`               Check a model before its first step; returns a :class:`Diagnosis`.
 :class:`GradGuardCallback`  Watch a Lightning run, for ``lightning.pytorch`` and ``pytorch_lightning``.
 :mod:`gradguard.clip`       Gradient clipping.
+:mod:`gradguard.jacobian`   How far the Jacobian of a net or a block stretches.
 :mod:`gradguard.testing`    Assertions for test suites.
 ==========================  =======================================================================================
 """
@@ -20,7 +21,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradguard import clip, errors, findings, rules, testing, theory
+    from gradguard import clip, errors, findings, jacobian, rules, testing, theory
     from gradguard.config import GuardConfig
     from gradguard.errors import (
         GradGuardError,
@@ -68,6 +69,7 @@ __all__ = [
     "clip",
     "errors",
     "findings",
+    "jacobian",
     "rules",
     "testing",
     "theory",
@@ -75,7 +77,7 @@ __all__ = [
     "watch",
 ]
 
-_SUBMODULES = ("clip", "errors", "findings", "rules", "testing", "theory")
+_SUBMODULES = ("clip", "errors", "findings", "jacobian", "rules", "testing", "theory")
 _NAMES = {
     "gradguard.config": ("GuardConfig",),
     "gradguard.errors": (
