@@ -305,6 +305,7 @@ def test_dropout_keeps_one_mask() -> None:
     model = nn.Dropout(0.5)
     found = stretch(model, torch.ones(1, 300))
 
+    assert found.method == "torch.func"
     assert found.largest == pytest.approx(2.0)
     assert found.smallest == pytest.approx(0.0, abs=1e-12)
     assert stretch(model.eval(), torch.ones(1, 300)).isometry == "isometric"
@@ -609,6 +610,21 @@ def test_a_closed_space_gives_every_value() -> None:
     assert found.largest == pytest.approx(3.0)
     assert found.smallest == pytest.approx(0.25)
     assert found.floor == pytest.approx(0.25)
+
+
+def test_eight_decades_are_resolved_by_products() -> None:
+    """Once as many products are spent as there are values, the smallest is right eight decades below the largest."""
+    generator = torch.Generator().manual_seed(0)
+    size = 60
+    values = torch.logspace(0, -8, size, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q for _ in "lr")
+    matrix = left @ torch.diag(values) @ right
+    start = torch.randn(size, generator=generator, dtype=torch.float64)
+    found = extremes(lambda v: matrix @ v, lambda v: matrix.T @ v, start, rtol=-1.0, noise=1e-16, max_iterations=size)
+
+    assert found.closed
+    assert found.largest == pytest.approx(1.0)
+    assert found.smallest == pytest.approx(1e-8, rel=1e-3)
 
 
 def test_a_null_space_is_found() -> None:
