@@ -365,9 +365,14 @@ def test_standardized_input_reaches_the_first_layer_with_mean_zero_and_deviation
     [
         (nn.Sequential(nn.Linear(4, 2)), None, ValueError, "pass batch="),
         (nn.Sequential(nn.Linear(4, 2)), torch.randn(1, 4), UnsupportedModelError, "one example"),
-        (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), torch.zeros(3, 2, dtype=torch.int64), UnsupportedModelError, "embedding"),
+        (
+            nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)),
+            torch.tensor([[0, 1]]),
+            UnsupportedModelError,
+            "embedding",
+        ),
     ],
-)  # fmt: skip
+)
 def test_input_that_cannot_be_standardized_is_refused(
     model: nn.Module, batch: Tensor | None, error: type[Exception], words: str
 ) -> None:
