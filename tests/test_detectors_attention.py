@@ -182,7 +182,7 @@ def test_both_findings_have_cures_that_run() -> None:
     diagnosis = gradguard.check(model, batch, classification_loss)
     (finding,) = [f for f in diagnosis.findings if f.code == "GG701"]
     names = [p.remedy for p in finding.prescriptions]
-    assert names == ["scale-attention", "small-query-key", "qk-norm"]
+    assert names == ["scale-attention", "query-key-initialization", "xavier-initialization", "qk-norm"]
     for layer in finding.layers:
         code = finding.prescriptions[1].code.replace(repr(finding.layer), repr(layer))
         exec(code, {"torch": torch, "model": model})  # noqa: S102  # what the report tells readers to paste

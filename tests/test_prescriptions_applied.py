@@ -180,7 +180,15 @@ def images() -> nn.Sequential:
     return nn.Sequential(*convs, nn.Flatten(), nn.Linear(64, 3))
 
 
-SEQUENCE = ("orthogonal-recurrent", "forget-gate-bias", "chrono-initialization", "gated-cell", "lstm", "qk-norm")
+SEQUENCE = (
+    "orthogonal-recurrent",
+    "forget-gate-bias",
+    "chrono-initialization",
+    "gated-cell",
+    "lstm",
+    "qk-norm",
+    "query-key-initialization",
+)
 
 
 def suitable(remedy: str) -> tuple[nn.Module, torch.Tensor]:
@@ -193,7 +201,7 @@ def suitable(remedy: str) -> tuple[nn.Module, torch.Tensor]:
         return Reader(nn.RNN), torch.randn(shape)
     if remedy in {"forget-gate-bias", "chrono-initialization"}:
         return Reader(nn.LSTM), torch.randn(shape)
-    if remedy == "qk-norm":
+    if remedy in {"qk-norm", "query-key-initialization"}:
         return Attending(), torch.randn(shape)
     if remedy in {"delta-orthogonal-initialization", "group-norm"}:
         return images(), torch.randn(8, 2, 6, 6)

@@ -63,7 +63,12 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG505", None): ("lower-learning-rate", "clip-norm", "warm-up", "restore-checkpoint"),
         ("GG601", None): ("lower-clip-norm", "adaptive-clip"),
         ("GG602", None): ("raise-clip-norm", "adaptive-clip"),
-        ("GG701", Cause.WEIGHT_SCALE): ("scale-attention", "small-query-key", "qk-norm"),
+        ("GG701", Cause.WEIGHT_SCALE): (
+            "scale-attention",
+            "query-key-initialization",
+            "xavier-initialization",
+            "qk-norm",
+        ),
         ("GG701", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
         ("GG702", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
         ("GG703", None): ("lower-beta2", "clip-norm"),

@@ -105,15 +105,9 @@ WEIGHTS: Mapping[str, RemedyText] = MappingProxyType(
             expected="An LSTM of 32 units over 60 steps: 1 decade is lost instead of 12.",
             reference="Tallec, Ollivier (2018), Can recurrent neural networks warp time?, ICLR, arXiv 1804.11188",
         ),
-        "small-query-key": RemedyText(
+        "query-key-initialization": RemedyText(
             reason="Logits go with the product of two weights: usual ones start with attention spread over all keys.",
-            code=(
-                "attention = dict(model.named_modules()).get({layer!r}, model)\n"
-                "for name, weight in attention.named_parameters():\n"
-                "    if weight.ndim == 2 and any(part in name for part in "
-                '("query", "key", "q_proj", "k_proj", "in_proj", "qkv")):\n'
-                "        torch.nn.init.xavier_uniform_(weight)"
-            ),
+            code=call("query-key-initialization", batch=False),
             expected="Logits of a few units, and an entropy near that of looking at every key alike.",
             reference=GLOROT,
         ),
