@@ -13,7 +13,7 @@ MISSING := $(shell $(BIN)/python $(RECENT) || echo missing)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clinic clinic-quick clean missing
+.PHONY: help demo test lint clinic clinic-quick clinic-cures clean missing
 
 help:  ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ clinic: $(STAMP)  ## Score gradguard and its rivals on 206 labelled configuratio
 
 clinic-quick: $(STAMP)  ## The same on a third of them, one seed; under three minutes
 	$(BIN)/python -m benchmarks.clinic --quick --results out/clinic/quick.jsonl --json out/clinic/quick.json
+
+clinic-cures: $(STAMP)  ## Cure the sick runs of the clinic in four ways, and compare; about half an hour
+	$(BIN)/python -m benchmarks.clinic.cures --healthy
 
 clean:  ## Remove the environment and everything that tools have left behind
 	rm -rf $(VENV) .coverage htmlcov dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

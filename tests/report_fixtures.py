@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from gradguard.findings import (
     Severity,
     Unobserved,
 )
+from gradguard.profiles import TimeProfile
 
 NAN = math.nan
 
@@ -352,6 +354,74 @@ def two_illnesses() -> Diagnosis:
     return replace(sick(), findings=(first, dead, chained, other, slow))
 
 
+def _lasting(name: str, kind: str, factor: float, steps: int, **overrides: Any) -> TimeProfile:
+    """Return the profile of a module that loses ``factor`` per step back."""
+    memory = tuple(max(0.2 * factor**at, 1e-38) for at in range(steps))
+    values: dict[str, Any] = {
+        "name": name,
+        "kind": kind,
+        "distance": tuple(float(at) for at in range(steps)),
+        "memory": memory,
+        "loss_gradient": tuple(0.1 * value for value in memory),
+        "span": 0.875 * (steps - 1) * math.log10(factor),
+        "factor": factor,
+        "horizon": -1.0 / math.log10(factor) if factor < 1.0 else math.inf,
+        "steps": steps,
+        "reach": 0.0,
+        "gate": NAN,
+        "gate_name": "",
+    }
+    return TimeProfile(**(values | overrides))
+
+
+def recurrent() -> Diagnosis:
+    """Return a gradient that vanishes through time in an LSTM, beneath one that keeps it; a third underflows."""
+    finding = Finding(
+        code="GG111",
+        name="temporal-vanishing",
+        family="temporal_vanishing",
+        severity=Severity.ERROR,
+        message="The gradient vanishes on its way back through time in encoder.rnn: 11.3 decades over 64 steps.",
+        step=0,
+        last_step=239,
+        layer="encoder.rnn",
+        layers=("encoder.rnn", "encoder.deep"),
+        cause=Cause.GATES,
+        confidence=0.9,
+        evidence={"mean_gate": Evidence(value=0.5, unit="fraction", note="forget gate: the share kept per step")},
+    )
+    gates = {"gate": 0.5, "gate_name": "forget gate"}
+    profiles = (
+        _lasting("encoder.rnn", "LSTM 8>32", 0.62, 64, mark="GG111", **gates),
+        _lasting("encoder.deep", "RNN 32>32", 0.1, 64, mark="GG111", span=-33.8),
+        _lasting("decoder", "GRU 32>32", 1.05, 20, gate=0.97, gate_name="update gate"),
+    )
+    layers = tuple(
+        LayerProfile(
+            name=profile.name,
+            kind=profile.kind,
+            role="recurrent",
+            delta_norm=0.1,
+            gain=1.0,
+            forward_rms=0.3,
+            active_fraction=1.0,
+            mark="GG111" if at == 0 else "",
+        )
+        for at, profile in enumerate(profiles)
+    )
+    return replace(
+        sick(), findings=(finding,), verdict=finding.message, layers=layers, time_profiles=profiles, unobserved=()
+    )
+
+
+def recurrent_healthy() -> Diagnosis:
+    """Return a healthy run with a note on one of two recurrent modules."""
+    ill = recurrent()
+    note = replace(ill.findings[0], severity=Severity.INFO, layers=("encoder.rnn",))
+    others = tuple(replace(profile, mark="") for profile in ill.time_profiles[1:])
+    return replace(healthy(), findings=(note,), time_profiles=(ill.time_profiles[0], *others))
+
+
 LONG_NAME = "[red]encoder[/red]." + "block." * 30 + "<script>alert(1)</script>"
 
 
@@ -372,6 +442,7 @@ def hostile() -> Diagnosis:
         findings=(finding,),
         verdict=finding.message,
         layers=rows,
+        time_profiles=(_lasting(LONG_NAME, "[b]RNN[/b]", 0.5, 30, mark="GG111"),),
         unobserved=(Unobserved(what="[link=x]y[/link]", why="<img src=x onerror=alert(1)>"),),
     )
 
@@ -426,6 +497,8 @@ ALL = (
     deep,
     nan_forward,
     two_illnesses,
+    recurrent,
+    recurrent_healthy,
     hostile,
 )
 
@@ -535,6 +608,27 @@ summaries = st.builds(
     clip_known=st.booleans(),
 )
 
+
+@st.composite
+def _time_profiles(draw: st.DrawFn) -> TimeProfile:
+    memory = tuple(draw(st.lists(sizes, min_size=1, max_size=64)))
+    return TimeProfile(
+        name=draw(names),
+        kind=draw(st.text(max_size=30)),
+        distance=tuple(float(at) for at in range(len(memory))),
+        memory=memory,
+        loss_gradient=memory,
+        span=draw(numbers),
+        factor=draw(numbers),
+        horizon=draw(numbers),
+        steps=draw(st.integers(min_value=1, max_value=10**6)),
+        reach=draw(shares),
+        gate=draw(numbers),
+        gate_name=draw(st.sampled_from(["", "forget gate", "update gate"])),
+        mark=draw(st.sampled_from(["", "GG111", "GG112"])),
+    )
+
+
 VERDICT = "The gradient is as described below, and nothing else was found."
 
 diagnoses = st.builds(
@@ -546,4 +640,5 @@ diagnoses = st.builds(
     unobserved=st.lists(st.builds(Unobserved, what=sentences, why=sentences), max_size=2).map(tuple),
     layers=st.lists(layers, max_size=40).map(tuple),
     summary=summaries,
+    time_profiles=st.lists(_time_profiles(), max_size=5).map(tuple),
 )

@@ -16,6 +16,7 @@ ONE_WAY = "The data goes one way"
 TORCH = "Judging, reporting and the command line never import torch, even indirectly"
 FRAMEWORKS = "Only integrations import training frameworks"
 TORCH_FREE = {
+    "actions",
     "cli",
     "config",
     "detectors",
@@ -26,6 +27,7 @@ TORCH_FREE = {
     "origins",
     "outcomes",
     "prescriptions",
+    "profiles",
     "records",
     "report",
     "rules",

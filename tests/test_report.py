@@ -118,13 +118,21 @@ def test_full_report_reads_as_agreed() -> None:
 def test_ascii_report_reads_as_agreed(width: int) -> None:
     """Without Unicode the frame, the bars and the separators are plain characters."""
     agrees_with_golden(printed(made.deep(), width, encoding="ascii"), f"deep_ascii_{width}")
+    agrees_with_golden(printed(made.recurrent(), width, encoding="ascii"), f"recurrent_ascii_{width}")
+
+
+def test_full_healthy_report_draws_every_recurrent_module() -> None:
+    """Who asks for everything sees the time profile of each recurrent module, well or not."""
+    agrees_with_golden(printed(made.recurrent_healthy(), 80, show_all=True), "recurrent_healthy_all_80")
 
 
 def test_no_golden_file_is_left_over() -> None:
     """Every golden file belongs to a test."""
     expected = {f"{make.__name__}_{width}" for make in made.ALL for width in (80, 120)}
 
-    assert {path.stem for path in GOLDEN.glob("*.txt")} == expected | {"sick_all_100", "deep_ascii_40", "deep_ascii_80"}
+    others = {"sick_all_100", "deep_ascii_40", "deep_ascii_80", "recurrent_ascii_40", "recurrent_ascii_80"}
+    others |= {"recurrent_healthy_all_80"}
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == expected | others
 
 
 # ----------------------------------------------------------------------------------------------------- lines and words
@@ -824,7 +832,9 @@ def test_html_says_what_the_console_says(make: Callable[[], Diagnosis]) -> None:
     """Verdict, headlines, evidence, cures and numbers are the same words in both forms."""
     page = "".join(balanced(to_html(make())).text.split())
     lines = printed(make(), 1000).split("|dL/dy|")[0].splitlines()[1:]
+    drawn = re.compile(r"[▁▂▃▄▅▆▇█]|^ +0 +time steps back +\d+$")
     prose = [line for line in lines if "show_all" not in line and not line.startswith(" layer ")]
+    prose = [line for line in prose if not drawn.search(line)]
     parts = [part for line in prose for part in re.split(r" · |^ +\S+ {3,}|^ {3}ruled out +|[│╭╮╰╯─]+", line)]
 
     missing = [part for part in parts if part.strip() and "".join(part.split()) not in page]
@@ -855,6 +865,8 @@ def test_json_is_plain_and_versioned(make: Callable[[], Diagnosis]) -> None:
         "layers",
         "summary",
         "spectra",
+        "actions",
+        "time_profiles",
     }
 
 

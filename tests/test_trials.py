@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import gradguard
 from gradguard._contest import Contest, Entrant
 from gradguard._plan import SHARE, make_plan
 from gradguard._race import Batches, Lane, Race, checked_optimizer, paired_gain
+from gradguard._untouched import cuda_devices
 from gradguard.errors import UnsupportedModelError
 from gradguard.findings import Prescription
 from gradguard.outcomes import TrialResult
@@ -182,6 +184,27 @@ def test_a_copy_that_blows_up_is_out() -> None:
     assert outcomes == {"rate": "best", "wild": "diverged"}
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (lambda loss: loss.detach(), "UnsupportedModelError: the loss depends on no trainable parameter"),
+        (lambda loss: {"loss": loss.expand(3)}, "ValueError: compute_loss must return a scalar, got a tensor of shape"),
+        (lambda loss: {"value": loss}, "TypeError: compute_loss must return a scalar tensor"),
+    ],
+    ids=["detached", "not a scalar", "no loss"],
+)
+def test_a_loss_that_cannot_be_used_stops_the_copy_and_says_so(given: Callable[[Tensor], Any], why: str) -> None:
+    """In the words of a check; nothing is raised, as another copy may be well."""
+    model = net()
+    lane = Lane("", 0, model, adam(model))
+    race = Race(Batches(batches(2), 2), lambda m, b: given(classification_loss(m, b)), base_seed=0)
+
+    race.advance(lane, 4)
+
+    assert lane.fault.startswith(why)
+    assert not lane.losses
+
+
 def test_gain_is_paired_by_step_and_infinite_losses_do_not_count_as_gain() -> None:
     """A control that diverged is taken at its worst finite loss."""
     model = nn.Linear(1, 1)
@@ -274,6 +297,33 @@ def test_an_interrupt_keeps_what_was_measured() -> None:
     assert result.interrupted
     assert result.control.steps == 20
     assert "interrupted" in printed(result)
+
+
+def test_random_states_of_the_devices_of_the_model_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed is set on every device, so that of each device of the model is kept; none is at hand here."""
+    forked: list[list[int]] = []
+    fork = torch.random.fork_rng
+
+    def recorded(devices: list[int]) -> Any:
+        forked.append(devices)
+        return fork(devices=[])
+
+    for module in ("gradguard._contest", "gradguard._race"):
+        monkeypatch.setattr(f"{module}.cuda_devices", lambda model: [5])
+    monkeypatch.setattr(torch.random, "fork_rng", recorded)
+
+    contest([("rate", 0, scaled(1e4))])
+
+    assert len(forked) > 20
+    assert all(devices == [5] for devices in forked)
+
+
+def test_devices_are_those_of_the_parameters() -> None:
+    """Each once and in order; a model on the CPU has none."""
+    tensors = [SimpleNamespace(device=torch.device(name)) for name in ("cuda:2", "cpu", "cuda:0", "cuda:2")]
+
+    assert cuda_devices(SimpleNamespace(parameters=lambda: tensors)) == [0, 2]  # type: ignore[arg-type]  # no GPU here
+    assert cuda_devices(nn.Linear(2, 2)) == []
 
 
 def test_time_is_a_bound() -> None:

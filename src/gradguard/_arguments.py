@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from gradguard.errors import UnsupportedModelError
 from gradguard.monitors.gradients import find_parameters
 
-__all__ = ["check_model", "check_optimizers", "check_scaler", "has_lazy_parameters"]
+__all__ = ["check_model", "check_optimizers", "check_scaler", "has_lazy_parameters", "refuse_compiled"]
 
 
 def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
@@ -85,3 +86,18 @@ def check_model(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
                 f"{type(model).__name__}. Pass the optimizer that updates this model: built from its parameters(), and "
                 "after any replacement of layers"
             )
+
+
+def refuse_compiled(model: nn.Module, advice: str) -> None:
+    """Refuse what torch made of a model: what is changed in it, or in a copy of it, may not take effect.
+
+    Args:
+        model: The model as it was given.
+        advice: What to do instead, for the message.
+
+    Raises:
+        UnsupportedModelError: If it is scripted, or what ``torch.compile`` returned.
+    """
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        kind = "scripted" if isinstance(model, torch.jit.ScriptModule) else "compiled"
+        raise UnsupportedModelError(f"the model is {kind}: {advice}")

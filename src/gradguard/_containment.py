@@ -60,6 +60,15 @@ class Containment:
         if self._owner.note(what, f"{why}; the monitor has switched itself off"):
             warn_of_failure(why, f"{what.capitalize()} are no longer observed")
 
+    def remedy_failed(self, place: str, error: BaseException) -> None:
+        """Tell of what acted on the run, has failed and switched itself off; the owner goes on."""
+        if self._raises:
+            raise error
+        warn_of_failure(
+            f"{place} failed with {type(error).__name__}: {error}",
+            "Clipping, skipping and learning rates are left alone",
+        )
+
 
 _MONITORS = (("reading the attention", "attention logits"), ("gradient through time", "gradients through time"))
 """What is lost, by a phrase of what a monitor was doing when it failed."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from gradguard._plan import Plan
 from gradguard._race import Lane, Race, check_memory, checked_optimizer, copy_of, paired_gain
+from gradguard._untouched import cuda_devices
 from gradguard.errors import GradGuardError
 from gradguard.findings import Effect, Prescription, Severity
 from gradguard.outcomes import TrialRun
@@ -106,6 +107,7 @@ class Contest:
     ) -> None:
         """Prepare; nothing is copied before :meth:`run`."""
         self._model = model
+        self._devices = cuda_devices(model)
         self._race = race
         self._make_optimizer = make_optimizer
         self._batch = race.batch
@@ -203,7 +205,7 @@ class Contest:
         """Return a copy with the remedy applied, under random numbers of its seed."""
         twin = copy_of(self._model)
         arguments = entrant.prescription.arguments
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=self._devices):
             torch.manual_seed(104729 + seed)
             if entrant.remedy.acts_on == "model":
                 target = Target(twin, None, self._batch, self._compute_loss, arguments)
@@ -314,24 +316,25 @@ class Contest:
         effect = Effect(loss_before=self._control_loss(), loss_after=entrant.result, steps=len(entrant.lanes[0].losses))
         return replace(entrant.prescription, effect=effect)
 
-    def _winner(self) -> Entrant | None:
-        helpful = [entrant for entrant in self._finished() if self._helps(entrant)]
-        if not helpful:
-            return None
-        most = max(self._gain(entrant)[0] for entrant in helpful)
-        near = [entrant for entrant in helpful if self._gain(entrant)[0] >= _NEAR_BEST * most or math.isinf(most)]
-        return min(near, key=lambda entrant: (entrant.remedy.level, entrant.result))
+    def _ranked(self) -> tuple[Entrant | None, list[Entrant]]:
+        """Return the winner, if there is one, and all who ran to the end: the winner first, then by result."""
+        finished = self._finished()
+        gains = [(entrant, self._gain(entrant)[0]) for entrant in finished if self._helps(entrant)]
+        if not gains:
+            return None, finished
+        most = max(gain for _, gain in gains)
+        near = [entrant for entrant, gain in gains if gain >= _NEAR_BEST * most or math.isinf(most)]
+        winner = min(near, key=lambda entrant: (entrant.remedy.level, entrant.result))
+        return winner, [winner, *(entrant for entrant in finished if entrant is not winner)]
 
     def best(self) -> Prescription | None:
         """Return what to recommend, with its effect; ``None`` where nothing helps by more than chance."""
-        winner = self._winner()
+        winner, _ = self._ranked()
         return None if winner is None else self._measured(winner)
 
     def ranking(self) -> tuple[Prescription, ...]:
         """Return who ran to the end, the recommended one first, then by result."""
-        winner = self._winner()
-        others = [entrant for entrant in self._finished() if entrant is not winner]
-        return tuple(self._measured(entrant) for entrant in ([winner] if winner is not None else []) + others)
+        return tuple(self._measured(entrant) for entrant in self._ranked()[1])
 
     def control_run(self) -> TrialRun:
         """Return what became of the untreated copy."""
@@ -347,9 +350,7 @@ class Contest:
 
     def runs(self) -> Iterator[TrialRun]:
         """Yield what became of every candidate: by rank, then those dropped, then those that were not possible."""
-        winner = self._winner()
-        finished = self._finished()
-        ranked = ([winner] if winner is not None else []) + [e for e in finished if e is not winner]
+        winner, ranked = self._ranked()
         rest = [entrant for entrant in self._entrants if entrant not in ranked]
         rest.sort(key=lambda entrant: entrant.outcome == "not possible")
         for entrant in (*ranked, *rest):
@@ -358,15 +359,15 @@ class Contest:
                 loss=entrant.result,
                 steps=len(entrant.lanes[0].losses) if entrant.lanes else 0,
                 seeds=len(entrant.lanes),
-                outcome="best" if entrant is winner else entrant.outcome or self._outcome(entrant),
+                outcome="best" if entrant is winner else self._outcome(entrant, finished=entrant in ranked),
                 why=entrant.out,
                 level=entrant.remedy.level,
                 healthy=entrant.healthy,
             )
 
-    def _outcome(self, entrant: Entrant) -> str:
-        if not entrant.lanes or not entrant.lanes[0].losses or entrant not in self._finished():
-            return "dropped"
+    def _outcome(self, entrant: Entrant, *, finished: bool) -> str:
+        if entrant.outcome or not finished:
+            return entrant.outcome or "dropped"
         if self._helps(entrant):
             return "helps"
         gain, error = self._gain(entrant)

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from gradguard._untouched import cuda_devices
 from gradguard.errors import UnsupportedModelError
 from gradguard.monitors._reduce import dense
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Pass", "Passes"]
+__all__ = ["Pass", "Passes", "scalar_loss"]
 
 _FACTORS = (2.0**16, 2.0**12, 2.0**8, 2.0**4)
 """By what the loss is scaled up to see whether zeros are float16's: where PyTorch's scaler begins, and less where that
@@ -65,7 +66,7 @@ class Passes:
         self._model = model
         self._batch = batch
         self._compute_loss = compute_loss
-        self._devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        self._devices = cuda_devices(model)
         self._states = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002  # the user's global state is meant
         self._device_states = [torch.cuda.get_rng_state(index) for index in self._devices]
 
@@ -80,7 +81,7 @@ class Passes:
             ValueError: If the loss is not a scalar.
             UnsupportedModelError: If the loss depends on no trainable parameter.
         """
-        loss = _scalar_loss(self._call())
+        loss = scalar_loss(self._call())
         gradients = _gradients(self._model, loss.reshape(()), scale)
         return Pass(loss=loss.detach(), gradients=gradients, scale=scale)
 
@@ -155,7 +156,14 @@ def _both(one: Pass, other: Pass) -> Iterable[tuple[int, Tensor]]:
     return ((key, gradient) for key, gradient in one.gradients.items() if key in other.gradients)
 
 
-def _scalar_loss(value: Any) -> Tensor:
+def scalar_loss(value: Any) -> Tensor:
+    """Return the loss out of what ``compute_loss`` gave: a tensor, or a mapping with one under ``"loss"``.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If it is no scalar.
+        UnsupportedModelError: If it depends on no trainable parameter.
+    """
     loss = value.get("loss") if isinstance(value, Mapping) else value
     if not isinstance(loss, torch.Tensor):
         raise TypeError(

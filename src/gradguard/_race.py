@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradguard.errors import UnsupportedModelError
+from gradguard._arguments import refuse_compiled
+from gradguard._passes import scalar_loss
+from gradguard._untouched import cuda_devices
+from gradguard.errors import GradGuardError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.optim import Optimizer
 
 __all__ = [
@@ -27,7 +29,6 @@ __all__ = [
     "check_memory",
     "checked_optimizer",
     "copy_of",
-    "loss_of",
     "paired_gain",
 ]
 
@@ -84,6 +85,7 @@ class Lane:
         optimizer: Its optimizer.
         losses: Loss of each step so far.
         fault: Why it was stopped; empty while it runs.
+        devices: CUDA devices of the copy, whose generators a step moves.
     """
 
     name: str
@@ -92,6 +94,10 @@ class Lane:
     optimizer: Optimizer
     losses: list[float] = field(default_factory=list)
     fault: str = ""
+    devices: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.devices = cuda_devices(self.model)
 
     def halves(self, until: int) -> tuple[float, float]:
         """Return the mean loss of the first and of the second half of the steps up to one."""
@@ -140,7 +146,7 @@ class Race:
             step = len(lane.losses)
             try:
                 value = self._take_step(lane, step)
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            except (GradGuardError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
                 lane.fault = f"{type(error).__name__}: {error}"
                 return
             self.steps_taken += 1
@@ -150,30 +156,13 @@ class Race:
 
     def _take_step(self, lane: Lane, step: int) -> float:
         batch = self._batches.at(step, lane.seed)
-        devices = sorted({p.device.index or 0 for p in lane.model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
             torch.manual_seed(self._base_seed + 7919 * lane.seed + step)
             lane.optimizer.zero_grad()
-            loss = loss_of(self.compute_loss(lane.model, batch))
+            loss = scalar_loss(self.compute_loss(lane.model, batch))
             loss.backward()
             lane.optimizer.step()
         return float(loss.detach())
-
-
-def loss_of(found: Any) -> Tensor:
-    """Return the scalar loss out of what ``compute_loss`` gave.
-
-    Raises:
-        TypeError: If it is no tensor that depends on the model.
-        ValueError: If it is no scalar.
-    """
-    loss = found["loss"] if isinstance(found, dict) and "loss" in found else found
-    if not isinstance(loss, torch.Tensor):
-        kind = type(loss).__name__
-        raise TypeError(f"compute_loss must return a scalar tensor, or a mapping with 'loss', got {kind}")
-    if loss.numel() != 1:
-        raise ValueError(f"compute_loss must return a scalar, got a tensor of shape {tuple(loss.shape)}")
-    return loss
 
 
 def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[float, float]:
@@ -206,9 +195,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: If it is compiled, scripted, or refuses to be copied.
     """
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        kind = "scripted" if isinstance(model, torch.jit.ScriptModule) else "compiled"
-        raise UnsupportedModelError(f"the model is {kind}: pass the module that it was made from")
+    refuse_compiled(model, "pass the module that it was made from")
     try:
         twin = copy.deepcopy(model)
     except (RuntimeError, TypeError, NotImplementedError) as error:

@@ -10,7 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["untouched"]
+__all__ = ["cuda_devices", "untouched"]
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Return the CUDA devices of a model's parameters, in order: those whose generators running it moves."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 @contextlib.contextmanager
@@ -26,9 +31,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     ]
     modes = [(module, module.training) for module in model.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  # the user's global state is meant
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=cuda_devices(model)):
             yield
     finally:
         random.setstate(python_state)

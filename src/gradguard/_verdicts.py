@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from gradguard.actions import Action
     from gradguard.history import History
     from gradguard.observing import Observing
     from gradguard.outcomes import TrialResult
+    from gradguard.remedies.live.acting import LiveRemedies
+    from gradguard.remedies.live.options import LiveOptions
 
 __all__ = ["Verdicts"]
 
@@ -31,6 +34,8 @@ class Verdicts:
     _steps: list[int]
     _batches: int
     _findings: tuple[Finding, ...]
+    _live: LiveRemedies | None
+    _optimizers: tuple[Optimizer, ...]
     _first_s: float | None
     _last_s: float
 
@@ -50,7 +55,7 @@ class Verdicts:
     @property
     def overhead_s(self) -> float:
         """Seconds spent in gradguard since attaching, seen from the host."""
-        return self._observing.overhead_s
+        return self._observing.overhead_s + (0.0 if self._live is None else self._live.spent_s)
 
     @property
     def steps(self) -> int:
@@ -74,7 +79,32 @@ class Verdicts:
 
     def diagnose(self) -> Diagnosis:
         """Return the verdict on everything observed so far."""
-        return self._observing.diagnose(steps=self.steps, batches=self._batches, overhead=self.overhead)
+        diagnosis = self._observing.diagnose(steps=self.steps, batches=self._batches, overhead=self.overhead)
+        if self._live is None:
+            return diagnosis
+        summary = replace(diagnosis.summary, overhead_s=self.overhead_s)
+        return replace(diagnosis, summary=summary, actions=self._live.summary())
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """What was done to the run, by step, as ``watch(..., clip=, on_spike=, lr_backoff=)`` asked: the newest 256."""
+        return () if self._live is None else self._live.actions()
+
+    @property
+    def remedies(self) -> LiveOptions | None:
+        """What may be done to the run, ``None`` for nothing."""
+        return None if self._live is None else self._live.options
+
+    @property
+    def remedy_state(self) -> dict[str, Any]:
+        """What :meth:`Guard.resume` needs for the remedies to go on, in plain types; empty where there are none."""
+        return {} if self._live is None else self._live.state_dict()
+
+    def label(self, index: int) -> str:
+        """What reports call an optimizer; empty where there is only one."""
+        if len(self._optimizers) < 2:
+            return ""
+        return self._observing.labels[index] or f"{type(self._optimizers[index]).__name__} {index}"
 
     def report(self, console: Console | None = None, *, show_all: bool = False, deep: bool = False) -> Diagnosis:
         """Print a report and return the diagnosis. Of several processes only the first prints.

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
+from gradguard.actions import ActionSummary
+from gradguard.profiles import TimeProfile
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -313,6 +316,8 @@ class Diagnosis:
         layers: Layers in execution order at the last observation.
         summary: The run in numbers.
         spectra: Exact spectra of the weights, where a report in depth was asked for.
+        actions: What was done to the steps of each optimizer while the run went on; empty where nothing may be done.
+        time_profiles: The gradient through time, by recurrent module.
     """
 
     findings: tuple[Finding, ...]
@@ -323,6 +328,8 @@ class Diagnosis:
     layers: tuple[LayerProfile, ...] = ()
     summary: RunSummary = field(default_factory=RunSummary)
     spectra: tuple[MatrixSpectrum, ...] = ()
+    actions: tuple[ActionSummary, ...] = ()
+    time_profiles: tuple[TimeProfile, ...] = ()
 
     @property
     def primary(self) -> Finding | None:

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -21,12 +21,14 @@ from gradguard.errors import GradGuardWarning, UnsupportedModelError
 from gradguard.findings import Finding
 from gradguard.monitors._hooks import HookSet, StepHook
 from gradguard.observing import Observing
+from gradguard.remedies.live.acting import LiveRemedies
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from gradguard.config import GuardConfig
+    from gradguard.remedies.live.options import LiveOptions
 
 __all__ = ["Guard"]
 
@@ -57,6 +59,7 @@ class Guard(Verdicts):
         *,
         scaler: Any = None,
         cadence: Callable[[], Cadence] | None = None,
+        remedies: LiveOptions | None = None,
     ) -> None:
         """Attach to a model; use :func:`gradguard.watch`, which checks its arguments first."""
         self.config = config
@@ -83,19 +86,24 @@ class Guard(Verdicts):
         self._alerts = Alerts(config)
         self._first_s: float | None = None
         self._last_s = 0.0
+        self._live: LiveRemedies | None = None
+        if remedies is not None and remedies.on:  # its hooks come first: what it does shows in the norm at the step
+            self._live = LiveRemedies(model, self._optimizers, remedies, config, scaler=scaler, watcher=self)
+            self.clip_norm = self._live.limit
         for index, optimizer in enumerate(self._optimizers):
             self._hooks.add(optimizer.register_step_post_hook(StepHook(self, Guard._after_step, index)))
         self._arm_if_due()
         enrol(model, self)
 
-    def resume(self, step_counts: Sequence[int]) -> None:
+    def resume(self, step_counts: Sequence[int], remedies: Mapping[str, Any] | None = None) -> None:
         """Go on counting where an earlier run stopped, and look more densely first, as at the start of a run.
 
         Args:
             step_counts: What :attr:`step_counts` was, one number per optimizer, each at least 0.
+            remedies: What :attr:`remedy_state` was, ``None`` or empty to begin anew.
 
         Raises:
-            ValueError: If there is not one number for each optimizer.
+            ValueError: If there is not one number for each optimizer, or the state is that of other remedies.
         """
         if len(step_counts) != len(self._steps):
             raise ValueError(
@@ -105,6 +113,8 @@ class Guard(Verdicts):
         for cadence, step in zip(self._cadences, self._steps, strict=True):
             cadence.look_closer(step)
         self.rearm()
+        if remedies and self._live is not None:
+            self._live.load_state_dict(remedies)
 
     def rearm(self) -> None:
         """Ask the cadence again whether the coming step is due; for cadences that change their mind between steps."""
@@ -154,7 +164,37 @@ class Guard(Verdicts):
         self._tock(started)
         if self._batches >= self._judge_at:  # a scaler that skips every step completes none, and nothing would be said
             self._judge_at *= 2
-            self._announce(self._steps[0])
+            self._announce(self._steps[0], 0)
+
+    def act(self, optimizer: Optimizer | None = None) -> None:
+        """Clip or skip now, as ``clip=`` and ``on_spike=`` say, and not again in the step that follows.
+
+        For loops that clip by themselves later on; otherwise the step does it. Call between ``backward`` and that.
+
+        Args:
+            optimizer: Whose gradients, where there are several; one that is not watched is left alone.
+
+        Raises:
+            ValueError: If none is given where there are several.
+        """
+        if self._live is None or not self.attached:
+            return
+        if optimizer is None and len(self._optimizers) > 1:
+            raise ValueError(f"optimizer must say whose gradients are meant: {self.optimizer_names} are watched")
+        for index, known in enumerate(self._optimizers):
+            if optimizer is None or known is optimizer:
+                self._live.act(index)
+
+    def read_unclipped(self, index: int) -> None:
+        """Read the gradients of a step before a remedy changes them, if it is to be observed and was not read yet."""
+        if self._skipped or self._observing.has_read or not self._cadences[index].due(self._steps[index]):
+            return
+        if self._safely.run("reading gradients", self._observing.read, before_clipping=True) is False:
+            self._explain_missing("the optimizer stepped without gradients")
+
+    def remedy_failed(self, place: str, error: BaseException) -> None:
+        """Tell of a remedy that has failed and switched itself off."""
+        self._safely.remedy_failed(place, error)
 
     def find_non_finite(self, *, steps: int = 100) -> None:
         """Search for the operation that makes NaN or infinity, from the next forward pass on, until one is found.
@@ -180,11 +220,10 @@ class Guard(Verdicts):
 
     def detach(self) -> None:
         """Remove every hook. What was observed stays readable; calling twice is harmless."""
-        if not self.attached:
+        attached, self.attached = self.attached, False
+        self._remove_hooks()
+        if not attached:
             return
-        self.attached = False
-        self._hooks.close()
-        self._step_hooks.close()
         self._observing.drain_losses()
         self._observing.close()
         strike(self._model)
@@ -205,6 +244,12 @@ class Guard(Verdicts):
     def optimizer_names(self) -> str:
         """The watched optimizers in words."""
         return ", ".join(type(opt).__name__ for opt in self._optimizers) or "no optimizer"
+
+    def _remove_hooks(self) -> None:
+        self._hooks.close()
+        self._step_hooks.close()
+        if self._live is not None:
+            self._live.close()
 
     def _armed(self) -> bool:
         return any(cadence.due(step) for cadence, step in zip(self._cadences, self._steps, strict=True))
@@ -271,6 +316,8 @@ class Guard(Verdicts):
     def _after_step(self, index: int, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if self.attached:
             self._complete(index)
+        else:  # it has gone off in the middle of a step, when torch was walking through the hooks
+            self._remove_hooks()
 
     def _complete(self, index: int) -> None:
         started = self._tick()
@@ -291,17 +338,24 @@ class Guard(Verdicts):
             self._arm_if_due()
         self._tock(started)
         if record is not None:
-            self._announce(step)
+            self._announce(step, index)
 
     def _finish(self, index: int, step: int, started: float) -> object:
+        live = self._live
+        if live is not None and live.was_skipped(index):
+            self._observing.gradients.forgo_update()
         record = self._observing.finish(index, step, batch=self._batches - 1, cost_s=time.perf_counter() - started)
+        if live is not None and record is not None and record.scalars["read_before_clipping"]:
+            live.compare(index, record.scalars["grad_norm"])
         self._cadences[index].observed(step, time.perf_counter() - started)
         return record
 
-    def _announce(self, step: int) -> None:
+    def _announce(self, step: int, index: int) -> None:
         """Tell the user about findings that began with this observation."""
         started = self._tick()
         self._findings = self._safely.run("judging", self._observing.findings) or ()
+        if self._live is not None:
+            self._live.consider(index, self._findings)
         news = self._alerts.news(self._findings, step)
         if news:
             for cadence in self._cadences:

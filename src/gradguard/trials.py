@@ -53,6 +53,8 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     Args:
         model: Any module that can be copied.
         batches: Iterable of training batches; the first 80 at most are kept, so in a usual run no batch comes twice.
+            What began in mid-run (a spike, an outlier in the data) shows only with the batches it came with: give those
+            from shortly before the finding's ``step`` on.
         compute_loss: Called as ``compute_loss(model, batch)``; returns a scalar loss, or a mapping with ``"loss"``. Any
             loss will do, no accuracy is asked for.
         make_optimizer: Called with a copy, returns the optimizer to train it with.

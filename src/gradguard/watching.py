@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gradguard._arguments import check_model, check_optimizers
 from gradguard._registry import guard_of
 from gradguard.config import GuardConfig
 from gradguard.errors import UnsupportedModelError
 from gradguard.guard import Guard
+from gradguard.remedies.live.options import Clip, LiveOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +27,10 @@ def watch(
     config: GuardConfig | None = None,
     *,
     scaler: Any = None,
+    clip: Clip = None,
+    on_spike: Literal["skip"] | None = None,
+    spike_budget: float = 0.05,
+    lr_backoff: bool | float | None = None,
     **overrides: Any,
 ) -> Guard:
     """Watch a model's gradients while it trains. Attaches at once; the guard is also a context manager.
@@ -36,6 +41,14 @@ def watch(
         config: Thresholds and cadence; defaults otherwise.
         scaler: The ``torch.amp.GradScaler`` of the loop, if there is one, so that norms are those of unscaled
             gradients.
+        clip: Clip before each optimizer step: ``"adaptive"`` for :class:`gradguard.clip.Adaptive`, a clipper, or what
+            makes one (called with the named parameters of an optimizer, ``scaler=`` and ``optimizer=``; a class of
+            :mod:`gradguard.clip` does), or a sequence of these for several optimizers. Leave your own clipping out.
+        on_spike: ``"skip"`` leaves out steps whose gradient norm is a spike by the rule of GG103, or whose gradients
+            are not finite: the optimizer gets none and changes nothing.
+        spike_budget: Share of the newest 100 steps that may be left out as spikes, 0.01 to 0.5.
+        lr_backoff: Multiply learning rates, for the length of each step, by this factor (``True``: 0.5) when an
+            exploding gradient, a rate that is too high or a divergence is found; three times at most.
         **overrides: Fields of :class:`gradguard.GuardConfig` by name, for instance ``every=1``.
 
     Returns:
@@ -62,7 +75,8 @@ def watch(
         True
     """
     settings = (config if config is not None else GuardConfig()).with_overrides(**overrides)
-    return attach(model, check_optimizers(optimizer), settings, scaler=scaler)
+    remedies = LiveOptions(clip=clip, on_spike=on_spike, spike_budget=spike_budget, lr_backoff=lr_backoff)
+    return attach(model, check_optimizers(optimizer), settings, scaler=scaler, remedies=remedies)
 
 
 def attach(
@@ -72,6 +86,7 @@ def attach(
     *,
     scaler: Any = None,
     cadence: Callable[[], Cadence] | None = None,
+    remedies: LiveOptions | None = None,
 ) -> Guard:
     """Do what :func:`watch` does, for integrations: with a cadence of their own.
 
@@ -81,6 +96,7 @@ def attach(
         config: Thresholds and cadence.
         scaler: See :func:`watch`.
         cadence: Makes the cadence of one optimizer; that of the configuration otherwise.
+        remedies: What may be done to the run; nothing otherwise.
 
     Raises:
         UnsupportedModelError: See :func:`watch`.
@@ -89,10 +105,15 @@ def attach(
     guard = guard_of(model)
     if guard is not None:
         if guard.holds(optimizers):
+            if remedies is not None and remedies.on and remedies != guard.remedies:
+                raise UnsupportedModelError(
+                    f"this {type(model).__name__} is already watched, without or with other clip=, on_spike= and "
+                    "lr_backoff=. Call detach() on the first guard before"
+                )
             return guard
         raise UnsupportedModelError(
             f"this {type(model).__name__} is already watched with {guard.optimizer_names}, and cannot be watched with "
             "other optimizers at the same time. Call detach() on the first guard, or pass all in one call: "
             "gradguard.watch(model, [first, second])"
         )
-    return Guard(model, optimizers, config, scaler=scaler, cadence=cadence)
+    return Guard(model, optimizers, config, scaler=scaler, cadence=cadence, remedies=remedies)

@@ -10,8 +10,8 @@ import numpy as np
 
 from gradguard.config import GuardConfig
 from gradguard.detectors._depth import trunk, weight_layers
-from gradguard.detectors._numbers import column, parameter_column, percent, power_of_ten, signal
-from gradguard.detectors._updates import matrix_ratios, ratio_quantile
+from gradguard.detectors._numbers import parameter_column, signal
+from gradguard.detectors._reasons import active_units, usual_input, usual_rate
 from gradguard.detectors._zeros import ZeroOwner, zero_pattern
 from gradguard.detectors.depth import observed_spans
 from gradguard.findings import Cause, Finding, RuledOut, Severity
@@ -19,9 +19,6 @@ from gradguard.history import History
 from gradguard.records import StepRecord
 
 __all__ = ["with_exclusions"]
-
-_USUAL_INPUT = 100.0
-"""Largest input entry of data that need no scaling. Ours: eight-bit images as they come reach 255."""
 
 _FLOAT32 = 2.0**-23
 """Rounding unit of float32. Source: IEEE 754-2019."""
@@ -76,18 +73,7 @@ def _learning_rate(case: _Case) -> str:
         return ""
     if case.finding.step == 0 and case.record.step == 0 and case.finding.family != "divergence":
         return "there at step 0, before any update"
-    ratio = float(ratio_quantile(matrix_ratios(case.history), 0.5)[case.index])
-    if case.config.update_ratio_low < ratio < case.config.update_ratio_high:
-        return f"update/weight {power_of_ten(ratio)} when it began"
-    return ""
-
-
-def _data(case: _Case) -> str:
-    given = column(case.record, "input_max_abs")
-    known = given[~np.isnan(given)]
-    if not known.size or not np.isfinite(known).all() or not 0.0 < known[0] <= _USUAL_INPUT:
-        return ""
-    return f"finite, largest entry {known[0]:.2g}"
+    return usual_rate(case.history, case.config, case.index)
 
 
 def _precision(case: _Case) -> str:
@@ -98,14 +84,6 @@ def _precision(case: _Case) -> str:
     if (parameter_column(case.record, "underflow_fraction") > 0.0).any():
         return ""
     return "weights in float32, and no layer's gradient is zero"
-
-
-def _dead_units(case: _Case) -> str:
-    shares = np.concatenate([column(case.record, "inactive_fraction"), column(case.record, "input_inactive_fraction")])
-    shares = shares[np.isfinite(shares)]
-    if not shares.size or shares.max() >= case.config.dead_fraction_warning:
-        return ""
-    return f"at most {percent(float(shares.max()))} of a layer's units inactive"
 
 
 def _weight_scale(case: _Case) -> str:
@@ -130,9 +108,9 @@ def _wiring(case: _Case) -> str:
 
 _CHECKS: dict[Cause, Callable[[_Case], str]] = {
     Cause.LEARNING_RATE: _learning_rate,
-    Cause.DATA: _data,
+    Cause.DATA: lambda case: usual_input(case.record),
     Cause.PRECISION: _precision,
-    Cause.DEAD_UNITS: _dead_units,
+    Cause.DEAD_UNITS: lambda case: active_units(case.record, case.config),
     Cause.WEIGHT_SCALE: _weight_scale,
     Cause.WIRING: _wiring,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from gradguard.config import GuardConfig
 from gradguard.records import FloatArray
 
-__all__ = ["EPISODE", "Spike", "last_spike", "leap", "robust_z"]
+__all__ = ["EPISODE", "Spike", "last_spike", "leap", "robust_z", "times_usual"]
 
 _FLOOR = 0.05
 """Smallest scale of the logarithm: below 5 % of scatter a value's distance is measured against this. Source: ours,
@@ -22,6 +23,9 @@ two examples and mislabelled ones."""
 
 _NEAR = 5
 """Values just before it whose median a spike exceeds by half; a cheap sieve. Ours."""
+
+_SIEVE = 1.5
+"""Times the median of the values just before it that a spike exceeds. Ours."""
 
 _LOOKED_AT = 64
 """Newest candidates looked at: a judgement must cost next to nothing. Ours."""
@@ -107,13 +111,11 @@ def last_spike(values: FloatArray, config: GuardConfig) -> Spike | None:
     for index in _candidates(values, start, config.spike_minimum):
         before = values[max(0, index - config.spike_window) : index]
         value = float(values[index])
-        if before.min() <= 0.0:
+        stands_out = _stands_out(value, before, config)
+        if stands_out is None:
             continue
-        usual, tail = float(np.median(before)), float(np.quantile(before, _TAIL))
-        z = robust_z(value, before)
+        usual, z = stands_out
         after = values[index + 1 :]
-        if value <= config.spike_ratio * max(usual, tail) or z <= config.spike_z:
-            continue
         if after.size and _is_growth(after, value):
             continue
         found.append(
@@ -129,6 +131,41 @@ def last_spike(values: FloatArray, config: GuardConfig) -> Spike | None:
             )
         )
     return _newest_episode(found)
+
+
+def times_usual(value: float, before: FloatArray, *, start: float, config: GuardConfig) -> float | None:
+    """Return how many times its usual size a newest value is if it is a spike, ``None`` if it is none.
+
+    The rule of :func:`last_spike`, for a value of which nothing is known but what came before it.
+
+    Args:
+        value: A finite number.
+        before: The newest finite numbers before it, at most ``spike_window``, oldest first.
+        start: Median of the first three values of the series.
+        config: Thresholds.
+
+    Source: see :func:`last_spike`.
+    """
+    if before.size < config.spike_minimum or value < start:
+        return None
+    if value <= _SIEVE * statistics.median(before[-_NEAR:].tolist()):
+        return None
+    stands_out = _stands_out(value, before, config)
+    return None if stands_out is None else value / stands_out[0]
+
+
+def _stands_out(value: float, before: FloatArray, config: GuardConfig) -> tuple[float, float] | None:
+    """Return the usual size and the robust z of a value that lies far above those before it, ``None`` if it does not.
+
+    A window with a number at or below 0 tells nothing.
+    """
+    if before.min() <= 0.0:
+        return None
+    usual, tail = float(np.median(before)), float(np.quantile(before, _TAIL))
+    if value <= config.spike_ratio * max(usual, tail):
+        return None
+    z = robust_z(value, before)
+    return (usual, z) if z > config.spike_z else None
 
 
 def leap(values: FloatArray) -> int | None:
@@ -176,7 +213,7 @@ def _candidates(values: FloatArray, start: float, minimum: int) -> list[int]:
     near = np.lib.stride_tricks.sliding_window_view(values[:-1], _NEAR)
     medians = np.median(near, axis=1)
     indices = np.arange(_NEAR, values.size)
-    chosen = (values[_NEAR:] >= start) & (values[_NEAR:] > 0.0) & (values[_NEAR:] > 1.5 * medians)
+    chosen = (values[_NEAR:] >= start) & (values[_NEAR:] > 0.0) & (values[_NEAR:] > _SIEVE * medians)
     picked = indices[chosen & (indices >= minimum)]
     return [int(index) for index in picked[-_LOOKED_AT:]]
 

@@ -22,9 +22,9 @@ from gradguard.detectors._depth import (
 from gradguard.detectors._episodes import BoolArray, Episode, last_episode
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import LossProgress, Trend, loss_progress
-from gradguard.detectors._numbers import column, in_range, names_text, percent, power_of_ten, signal
+from gradguard.detectors._numbers import in_range, names_text, signal
+from gradguard.detectors._reasons import active_units, usual_input, usual_rate
 from gradguard.detectors._stream import stream_of, stream_spans
-from gradguard.detectors._updates import matrix_ratios, ratio_quantile
 from gradguard.detectors._zeros import ZeroOwner, zero_pattern
 from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
 from gradguard.history import History
@@ -96,7 +96,7 @@ def find_depth(history: History, config: GuardConfig) -> Sequence[Finding]:
 
 
 def observed_spans(history: History, config: GuardConfig) -> FloatArray:
-    """Return the depth span of each observation, in decades, shape ``[observations]``; NaN below two live rows.
+    """Return the depth span of each observation in decades, ``[observations]``, read-only; NaN below two live rows.
 
     It is :func:`supported_span` over the layers, extended by the decay of the live rows for each row that underflowed
     to zero. Of a model that is stacked from enough blocks it is taken over the inputs of the blocks instead.
@@ -106,6 +106,10 @@ def observed_spans(history: History, config: GuardConfig) -> FloatArray:
         config: Thresholds.
     """
     minimum = config.minimum_depth_layers
+    return history.derived(("observed_spans", minimum), lambda: _observed_spans(history, minimum))
+
+
+def _observed_spans(history: History, minimum: int) -> FloatArray:
     delta, given, taps = (
         in_range(history.layer(f"{place}_norm"), history.layer(f"{place}_max_abs"))
         for place in ("delta", "input_delta", "block_delta")
@@ -334,27 +338,16 @@ def _confidence(run: _Run, episode: Episode, span: float, loss: LossProgress) ->
 
 def _ruled_out(run: _Run, episode: Episode, record: StepRecord, cause: Cause) -> tuple[RuledOut, ...]:
     """State the other causes that the numbers exclude."""
-    excluded: dict[Cause, str] = {}
-    ratio = float(ratio_quantile(matrix_ratios(run.history), 0.5)[episode.first])
-    at_start = run.steps[episode.first] == 0
-    if at_start:
-        excluded[Cause.LEARNING_RATE] = "there at step 0, before any update"
-    elif run.config.update_ratio_low < ratio < run.config.update_ratio_high:
-        excluded[Cause.LEARNING_RATE] = f"update/weight {power_of_ten(ratio)} when it began"
-    given = column(record, "input_max_abs")
-    largest = next((float(value) for value in given if np.isfinite(value)), math.nan)
-    if 0.0 < largest <= 100.0 and np.isfinite(given[~np.isnan(given)]).all():
-        excluded[Cause.DATA] = f"finite, largest entry {largest:.2g}"
-    if zero_pattern(record).owner is ZeroOwner.NOBODY:
-        excluded[Cause.PRECISION] = "no underflow: no layer's gradient is zero"
-    shares = np.concatenate([column(record, "inactive_fraction"), column(record, "input_inactive_fraction")])
-    shares = shares[np.isfinite(shares)]
-    if not shares.size or shares.max() < run.config.dead_fraction_warning:
-        share = (
-            f"at most {percent(float(shares.max()))} of a layer's units inactive"
-            if shares.size
-            else "no ReLU-like units"
-        )
-        excluded[Cause.DEAD_UNITS] = share
-    excluded.pop(cause, None)
-    return tuple(RuledOut(cause=other, reason=reason) for other, reason in excluded.items())
+    reasons = {
+        Cause.LEARNING_RATE: "there at step 0, before any update"
+        if run.steps[episode.first] == 0
+        else usual_rate(run.history, run.config, episode.first),
+        Cause.DATA: usual_input(record),
+        Cause.PRECISION: "no underflow: no layer's gradient is zero"
+        if zero_pattern(record).owner is ZeroOwner.NOBODY
+        else "",
+        Cause.DEAD_UNITS: active_units(record, run.config, unknown="no ReLU-like units"),
+    }
+    return tuple(
+        RuledOut(cause=other, reason=reason) for other, reason in reasons.items() if reason and other is not cause
+    )

@@ -15,9 +15,10 @@ from gradguard.detectors._loss import LossProgress, Trend, loss_progress
 from gradguard.detectors._numbers import names_text
 from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
 from gradguard.history import History
+from gradguard.profiles import TimeProfile
 from gradguard.records import TEMPORAL_STATISTICS, FloatArray
 
-__all__ = ["find_temporal"]
+__all__ = ["find_temporal", "time_profiles"]
 
 _LATE_READING = 0.25
 """Share of the steps, counted from the end, within which a loss reads outputs if it depends on long memory. Ours: a
@@ -126,6 +127,58 @@ def find_temporal(history: History, config: GuardConfig) -> Sequence[Finding]:
         if verdicts:
             findings.append(_finding(code, sorted(verdicts, key=lambda v: v.order, reverse=True)))
     return findings
+
+
+def time_profiles(history: History, findings: Sequence[Finding]) -> tuple[TimeProfile, ...]:
+    """Return the gradient through time of each recurrent module, in execution order.
+
+    Args:
+        history: What was observed, of all optimizers. A module that several optimizers saw is shown once, as the first
+            of them saw it whose findings name it, else as the first.
+        findings: What was found; a module that a standing GG111 or GG112 names is marked with the code.
+    """
+    owners: dict[str, tuple[str, str]] = {}
+    for finding in findings:
+        if finding.code in {"GG111", "GG112"} and finding.standing:
+            for name in finding.layers or (finding.layer or "",):
+                owners.setdefault(name, (finding.code, finding.optimizer))
+    labels = [optimizer.label for optimizer in history.info.optimizers]
+    found: dict[str, TimeProfile] = {}
+    for part in history.split():
+        label = labels[part.optimizer] if part.optimizer < len(labels) else ""
+        for name in (name for name in part.layers.names if name in part.profiles):
+            code, owner = owners.get(name, ("", ""))
+            if name not in found or (owner and owner == label):
+                found[name] = _time_profile(part, name, code)
+    return tuple(found.values())
+
+
+def _time_profile(part: History, name: str, mark: str) -> TimeProfile:
+    row, profile = part.layers.names.index(name), part.profiles[name]
+    columns = {statistic: part.layer(statistic)[:, row] for statistic in TEMPORAL_STATISTICS}
+    known = np.flatnonzero(np.isfinite(columns["temporal_span"]))
+    newest = {statistic: float(values[known[-1]]) if known.size else math.nan for statistic, values in columns.items()}
+    steps = newest["temporal_steps"]
+    return TimeProfile(
+        name=name,
+        kind=part.layers.kinds[row],
+        distance=tuple(profile.distance.tolist()),
+        memory=tuple(profile.memory.tolist()),
+        loss_gradient=tuple(profile.hidden.tolist()),
+        span=newest["temporal_span"],
+        factor=newest["temporal_factor"],
+        horizon=newest["temporal_horizon"],
+        steps=int(steps) if math.isfinite(steps) else len(profile.distance),
+        reach=newest["temporal_reach"],
+        gate=newest["gate_mean"],
+        gate_name=_gate_name(part.layers.types[row]) if math.isfinite(newest["gate_mean"]) else "",
+        mark=mark,
+    )
+
+
+def _gate_name(kind: str) -> str:
+    """Return what the gate that keeps the state is called; empty for an unknown kind."""
+    return "forget gate" if "LSTM" in kind else "update gate" if "GRU" in kind else ""
 
 
 def _episode(module: _Module, begins: BoolArray, holds: BoolArray) -> Episode | None:
@@ -264,7 +317,7 @@ def _evidence(code: str, module: _Module, index: int) -> dict[str, Evidence]:
     if math.isfinite(horizon):
         evidence["memory_horizon"] = Evidence(value=horizon, unit="steps", note="back to a tenth of the gradient")
     if math.isfinite(gate):
-        name = "forget gate" if "LSTM" in module.kind else "update gate" if "GRU" in module.kind else "gate"
+        name = _gate_name(module.kind) or "gate"
         evidence["mean_gate"] = Evidence(value=gate, unit="fraction", note=f"{name}: the share kept per step")
     if math.isfinite(slope) and slope > 0.0:
         evidence["derivative"] = Evidence(value=slope, unit="ratio", note="of the activation, root mean square")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from gradguard._arguments import check_optimizers
 from gradguard._registry import guard_of
-from gradguard.errors import GradGuardError
+from gradguard.errors import GradGuardError, GradGuardWarning
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
 
     from gradguard.findings import Diagnosis
 
-__all__ = ["is_logging_step", "loss_scaler", "print_final_report", "trains_without_logging", "watched_optimizers"]
+__all__ = [
+    "check_clipping",
+    "check_strategy",
+    "is_logging_step",
+    "loss_scaler",
+    "print_final_report",
+    "trains_without_logging",
+    "watched_optimizers",
+]
 
 _SHARING_INTERVAL = 50
 """Batches between two agreements of a distributed run to stop, where the Trainer logs nothing. Ours: its default."""
@@ -25,6 +34,42 @@ def loss_scaler(trainer: Any) -> Any:
     """Return the gradient scaler of the precision plugin, ``None`` where there is none or it is off."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def check_clipping(trainer: Any, pl_module: Any) -> None:
+    """See that the callback and the Trainer do not both clip.
+
+    Raises:
+        GradGuardError: If the Trainer was told to clip.
+    """
+    value = getattr(trainer, "gradient_clip_val", None)
+    if value:
+        raise GradGuardError(
+            f"the Trainer clips (gradient_clip_val={value!r}), and GradGuardCallback was given clip= as well: the "
+            "gradients would be clipped twice. Leave one of the two out"
+        )
+    home = next(base for base in type(pl_module).__mro__ if "configure_gradient_clipping" in vars(base)).__module__
+    if not home.startswith(("lightning.", "pytorch_lightning.")):
+        warnings.warn(
+            f"gradguard: {type(pl_module).__name__} has a configure_gradient_clipping() of its own, and "
+            "GradGuardCallback was given clip=. If it clips, the gradients are clipped twice: leave one of the two out",
+            GradGuardWarning,
+            stacklevel=4,
+        )
+
+
+def check_strategy(trainer: Any) -> None:
+    """See that remedies can act alike on every process.
+
+    Raises:
+        GradGuardError: If the strategy keeps gradients where they cannot be judged as a whole.
+    """
+    for base in type(trainer.strategy).__mro__:
+        if base.__name__ in ("DeepSpeedStrategy", "FSDPStrategy"):
+            raise GradGuardError(
+                f"clip=, on_spike= and lr_backoff= do not work with {base.__name__}, whose processes hold parts of the "
+                "gradients and would decide each for itself. Use gradient_clip_val of the Trainer there"
+            )
 
 
 def watched_optimizers(trainer: Any, pl_module: nn.Module) -> list[Optimizer]:

@@ -12,19 +12,24 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+from gradguard._arguments import check_optimizers
 from gradguard._cadence import FixedCadence
 from gradguard.config import GuardConfig
-from gradguard.errors import GradGuardError, GradGuardWarning, MissingExtraError, UnhealthyGradientsError
+from gradguard.errors import GradGuardError, GradGuardWarning, MissingExtraError
 from gradguard.guard import Guard
+from gradguard.integrations._deciding import Deciding
 from gradguard.integrations._lightnings import callback_bases, usable_namespaces
 from gradguard.integrations._logging import LoggingCadence, LoggingSteps, log_values
 from gradguard.integrations._trainer import (
+    check_clipping,
+    check_strategy,
     is_logging_step,
     loss_scaler,
     print_final_report,
     trains_without_logging,
     watched_optimizers,
 )
+from gradguard.remedies.live.options import Clip, LiveOptions
 from gradguard.watching import attach
 
 if TYPE_CHECKING:
@@ -38,7 +43,7 @@ __all__ = ["GradGuardCallback"]
 _ACTIONS = ("warn", "stop", "raise", "silent")
 
 
-class _GradGuardHooks:
+class _GradGuardHooks(Deciding):
     """What the callback does; :func:`_make_class` adds the bases.
 
     Attributes:
@@ -46,12 +51,12 @@ class _GradGuardHooks:
         diagnosis: The verdict on the last fit, also after an exception; ``None`` before. With ``ddp_spawn`` the
             processes that train have it, not the one that called ``fit``.
         config: Thresholds and cadence.
+        remedies: What may be done to the run.
     """
 
     _loss: Tensor | None
     _backwards: int
     _read_for: tuple[int, int] | None
-    _reason: str | None
 
     def __init__(
         self,
@@ -59,6 +64,10 @@ class _GradGuardHooks:
         on_finding: Literal["warn", "stop", "raise", "silent"] | Callable[[Finding], object] = "warn",
         report: bool = True,
         log: bool = True,
+        clip: Clip = None,
+        on_spike: Literal["skip"] | None = None,
+        spike_budget: float = 0.05,
+        lr_backoff: bool | float | None = None,
         **overrides: Any,
     ) -> None:
         """Make a callback.
@@ -69,6 +78,10 @@ class _GradGuardHooks:
                 ``"silent"`` keeps it for the report, a callable is called with the ``Finding``.
             report: Print a report when the fit ends, or fails.
             log: Log at most ten numbers under ``gradguard/``. The steps that the Trainer logs are observed then, too.
+            clip: Clip before each optimizer step; see :func:`gradguard.watch`. Not beside ``gradient_clip_val``.
+            on_spike: ``"skip"`` leaves out steps whose gradient is a spike or not finite; see there.
+            spike_budget: See there.
+            lr_backoff: Lower the learning rate on an explosion or a divergence; see there. Off in distributed runs.
             **overrides: Further fields of :class:`gradguard.GuardConfig` by name, for instance ``every=10``.
 
         Raises:
@@ -82,6 +95,7 @@ class _GradGuardHooks:
                 f"got {on_finding!r}"
             )
         self.config = GuardConfig().with_overrides(**overrides)
+        self.remedies = LiveOptions(clip=clip, on_spike=on_spike, spike_budget=spike_budget, lr_backoff=lr_backoff)
         self.guard: Guard | None = None
         self.diagnosis: Diagnosis | None = None
         self._on_finding = on_finding
@@ -94,8 +108,17 @@ class _GradGuardHooks:
     # ----------------------------------------------------------------------------------------------------- lifecycle
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the verdict on an earlier fit: this one may fail before it begins."""
+        """Forget the verdict on an earlier fit: this one may fail before it begins.
+
+        Raises:
+            GradGuardError: If the Trainer clips and ``clip=`` was given, or its strategy keeps remedies from deciding
+                alike on every process.
+        """
         self.diagnosis = None
+        if any(item is not None for item in self.remedies.clips()):
+            check_clipping(trainer, pl_module)
+        if self.remedies.on:
+            check_strategy(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach: after the sanity check and the learning rate finder, when optimizers and counters are restored."""
@@ -161,6 +184,8 @@ class _GradGuardHooks:
             loss = loss * (trainer.accumulate_grad_batches / self._backwards)
         self._forget_loss()
         guard.record(loss=loss)
+        if guard.remedies is not None:  # before the Trainer clips, which would hide a spike
+            guard.act(check_optimizers(optimizer)[0])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what was observed in this batch, and act on what was found."""
@@ -202,6 +227,7 @@ class _GradGuardHooks:
             "version": 1,
             "step_counts": list(self.guard.step_counts),
             "announced": [list(key) for key in sorted(standing & self._announced)],
+            **({"remedies": self.guard.remedy_state} if self.guard.remedies is not None else {}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -261,11 +287,12 @@ class _GradGuardHooks:
             config.with_overrides(on_finding=self._news_of),
             scaler=loss_scaler(trainer),
             cadence=lambda: LoggingCadence(FixedCadence(every=config.every, dense=config.dense_steps), self._logging),
+            remedies=self.remedies,
         )
         self._concluded = False
         self._optimizer_count = len(optimizers)
         if any(start):
-            self.guard.resume(start)
+            self._safely("restoring the remedies", self.guard.resume, start, restored.get("remedies"))
 
     def _news_of(self, finding: Finding) -> None:
         key = (finding.code, finding.optimizer)
@@ -291,37 +318,6 @@ class _GradGuardHooks:
         self._logged_names.update(name for name, value in values.items() if not math.isnan(value))
         chosen = {f"gradguard/{name}": value for name, value in values.items() if name in self._logged_names}
         pl_module.log_dict(chosen, prog_bar=False, logger=bool(pl_module.trainer.loggers), on_step=True, on_epoch=False)
-
-    def _act(self, trainer: Any, pl_module: Any) -> None:
-        news, self._news = self._news, []
-        action = self._on_finding
-        for finding in news:
-            if callable(action):
-                action(finding)
-                continue
-            line = f"gradguard: step {finding.step}: {finding.code} {finding.name}: {finding.message}"
-            if action in ("warn", "stop"):
-                pl_module.print(line)
-            if action in ("stop", "raise") and self._reason is None:
-                self._reason = line if action == "raise" else f"{finding.code} {finding.name}"
-        self._decide(trainer, pl_module, now=is_logging_step(trainer))
-
-    def _decide(self, trainer: Any, pl_module: Any, *, now: bool) -> None:
-        """Stop or raise where there is a reason. In a distributed run all processes do, at a step that all agree on."""
-        if self._on_finding not in ("stop", "raise"):
-            return
-        reason = self._reason
-        if trainer.world_size > 1:
-            if not now or not trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
-                return
-            reason = reason or "a finding on another process"
-        elif reason is None:
-            return
-        self._reason = None
-        if self._on_finding == "raise":
-            raise UnhealthyGradientsError(reason)
-        pl_module.print(f'gradguard: stopping the training, because of {reason} and on_finding="stop"')
-        trainer.should_stop = True
 
     def _conclude(self, trainer: Any) -> None:
         guard = self.guard

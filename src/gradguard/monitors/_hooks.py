@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ __all__ = [
     "Hook",
     "HookSet",
     "StepHook",
+    "Taps",
     "in_backward",
     "in_dispatch_mode",
     "in_functorch",
@@ -27,12 +28,17 @@ _DISPATCH_MODES = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _FUNCTION_MODE = getattr(torch.overrides, "_get_current_function_mode", None)
 
 
+Place = TypeVar("Place")
+
+
 class _Removable(Protocol):
     def remove(self) -> None: ...
 
 
 class HookSet:
     """The handles of registered hooks; closing removes them all, twice is harmless.
+
+    Hooks of an optimizer that is walking through them at this moment stay until the next closing, as torch would fail.
 
     Example:
         >>> import torch
@@ -52,8 +58,14 @@ class HookSet:
 
     def close(self) -> None:
         """Remove every hook."""
+        kept: list[_Removable] = []
         while self._handles:
-            self._handles.pop().remove()
+            handle = self._handles.pop()
+            if _is_walked(handle):
+                kept.append(handle)
+            else:
+                handle.remove()
+        self._handles = kept[::-1]
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -63,6 +75,40 @@ class HookSet:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Taps(Generic[Place]):
+    """Hooks that are set for an observation, one per place, and taken off after it.
+
+    A hook that did not fire in a step that ran stays, until :meth:`remove` is called with ``ran`` set to False: its
+    module is unused, or compiled with the hook in place, and then removing it would make torch compile again.
+
+    Attributes:
+        fired: Places whose hook fired since :meth:`begin`.
+        ran: Whether a step ran since then.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[Place, _Removable] = {}
+        self.fired: set[Place] = set()
+        self.ran = False
+
+    def begin(self) -> None:
+        """Begin an observation."""
+        self.ran = False
+        self.fired.clear()
+
+    def add(self, place: Place, handle: _Removable) -> None:
+        """Keep the handle of the hook at a place that had none."""
+        self._handles[place] = handle
+
+    def remove(self) -> None:
+        """Remove the hooks, but in a step that ran only those that fired; harmless when called twice."""
+        for place in [place for place in self._handles if place in self.fired or not self.ran]:
+            self._handles.pop(place).remove()
+
+    def __contains__(self, place: Place) -> bool:
+        return place in self._handles
 
 
 class Hook:
@@ -100,19 +146,39 @@ class StepHook:
     """An optimizer hook that calls ``method(owner, index, args, kwargs)`` and keeps its owner alive.
 
     Torch drops optimizer hooks when an optimizer is copied or pickled.
+
+    Attributes:
+        running: Whether it is being called just now.
     """
 
-    __slots__ = ("_index", "_method", "_owner")
+    __slots__ = ("_index", "_method", "_owner", "running")
 
     def __init__(self, owner: Any, method: Callable[..., Any], index: int) -> None:
         self._owner = owner
         self._method = method
         self._index = index
+        self.running = False
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return None
-        return self._method(self._owner, self._index, args, kwargs)
+        self.running = True
+        try:
+            return self._method(self._owner, self._index, args, kwargs)
+        finally:
+            self.running = False
+
+
+def _is_walked(handle: Any) -> bool:
+    """Whether an optimizer is calling one of our hooks from a dictionary of which it has not reached the end.
+
+    An ``OrderedDict`` may lose entries during a walk only once the last one has been reached.
+    """
+    hooks = getattr(handle, "hooks_dict_ref", lambda: None)()
+    if not hooks:
+        return False
+    running = [key for key, hook in hooks.items() if isinstance(hook, StepHook) and hook.running]
+    return bool(running) and running[-1] != next(reversed(hooks))
 
 
 def _inert(*_: Any) -> Hook:

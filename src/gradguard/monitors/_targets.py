@@ -10,7 +10,7 @@ from torch import nn
 
 from gradguard.monitors._describe import clean_name, describe
 
-__all__ = ["Target", "is_compiled", "outermost_blocks", "targets"]
+__all__ = ["Target", "is_closed", "is_compiled", "outermost_blocks", "targets"]
 
 _FEWEST_BLOCKS = 4
 """Blocks from which a model is a stack. Ours: with the two layers that usually follow, four blocks give the six points
@@ -53,7 +53,7 @@ def targets(model: nn.Module) -> Iterator[Target]:
     around: list[tuple[nn.Module, str]] = []
     for raw, module in model.named_modules():
         name = clean_name(raw, unwrap=unwrap)
-        if id(module) in skipped or _is_closed(module):
+        if id(module) in skipped or is_closed(module):
             skipped.update(id(child) for child in module.modules())
             continue
         if isinstance(module, nn.TransformerEncoderLayer) and id(module) not in fast:
@@ -108,9 +108,14 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def is_closed(module: nn.Module) -> bool:
+    """Whether no hook can look inside a module: it is compiled, or scripted."""
+    return is_compiled(module) or isinstance(module, torch.jit.ScriptModule)
+
+
 def _stacked(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost members of containers that hold at least two modules with layers inside."""
-    inside = (child for child in module.children() if not _is_closed(child))
+    inside = (child for child in module.children() if not is_closed(child))
     children = [child for child in inside if next(child.children(), None) is not None]
     blocks = [child for child in children if _has_layers_inside(child)] if _is_container(module) else []
     for child in children:
@@ -130,7 +135,3 @@ def _has_layers_inside(module: nn.Module) -> bool:
 def _is_container(module: nn.Module) -> bool:
     """Whether the module only holds others: a subclass with a forward pass of its own is a block."""
     return isinstance(module, _CONTAINERS) and type(module).forward in (nn.Sequential.forward, nn.Module.forward)
-
-
-def _is_closed(module: nn.Module) -> bool:
-    return is_compiled(module) or isinstance(module, torch.jit.ScriptModule)

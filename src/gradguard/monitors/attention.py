@@ -23,6 +23,7 @@ from gradguard.monitors._describe import clean_name, describe
 from gradguard.monitors._hooks import Hook, in_backward, in_dispatch_mode, in_functorch, top_function_mode
 from gradguard.monitors._reduce import Readback
 from gradguard.monitors._rows import HeadReadings, Row
+from gradguard.monitors._targets import is_closed
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -222,13 +223,5 @@ def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "torch" or id(module) in closed:
             continue
-        if not any(_is_compiled(child) for child in module.modules()):
+        if not any(is_closed(child) for child in module.modules()):
             yield module, clean_name(name, unwrap=unwrap)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return (
-        type(module).__name__ == "OptimizedModule"
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or isinstance(module, torch.jit.ScriptModule)
-    )

@@ -16,6 +16,7 @@ from gradguard.monitors._describe import clean_name
 from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch, is_tracing
 from gradguard.monitors._op_trace import OpTrace
 from gradguard.monitors._ranges import Measured, Ranges
+from gradguard.monitors._targets import is_compiled
 from gradguard.monitors._trees import floating_tensors, tensors
 from gradguard.records import NonFiniteOrigin
 
@@ -110,7 +111,7 @@ class NonFiniteMonitor:
         self._left = max(self._left, steps)
         if self.armed or self.failed:
             return "" if self.armed else "it has failed before"
-        if any(_is_compiled(module) for module in self._model.modules()):
+        if any(is_compiled(module) for module in self._model.modules()):
             return "a part of the model is compiled, and its operations are no calls of torch functions"
         self.armed = True
         quick = {id(m) for m in self._model.modules() if isinstance(m, nn.TransformerEncoderLayer) for m in m.modules()}
@@ -344,7 +345,3 @@ def _abandoned(trace: OpTrace, segments: Sequence[tuple[int, int]]) -> list[Meas
         for result in record.results
         if result.numel == 1
     ]
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None

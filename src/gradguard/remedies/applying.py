@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradguard._arguments import check_model
-from gradguard.errors import UnsupportedModelError
+from gradguard._arguments import check_model, refuse_compiled
 from gradguard.findings import Prescription
 from gradguard.remedies import catalogue
 from gradguard.remedies._applied import Applied
@@ -69,8 +68,6 @@ def apply(
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     check_model(model, () if optimizer is None else (optimizer,))
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        kind = "scripted" if isinstance(model, torch.jit.ScriptModule) else "compiled"
-        raise UnsupportedModelError(f"the model is {kind}: apply the cure to the module that it was made from")
+    refuse_compiled(model, "apply the cure to the module that it was made from")
     arguments = prescription.arguments if isinstance(prescription, Prescription) else {}
     return remedy.run(catalogue.Target(model, optimizer, batch, compute_loss, arguments))

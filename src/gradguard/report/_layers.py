@@ -73,7 +73,11 @@ class Scale:
     @classmethod
     def of(cls, rows: Iterable[LayerProfile]) -> Scale | None:
         """Return the scale that holds every finite, positive delta; ``None`` where there is none."""
-        logs = [math.log10(row.delta_norm) for row in rows if 0.0 < row.delta_norm < math.inf]
+        return cls.over([math.log10(row.delta_norm) for row in rows if 0.0 < row.delta_norm < math.inf])
+
+    @classmethod
+    def over(cls, logs: Sequence[float]) -> Scale | None:
+        """Return the scale that holds every one of these decimal logarithms; ``None`` where there is none."""
         if not logs:
             return None
         high = math.ceil(max(logs))

@@ -12,6 +12,7 @@ from rich.segment import Segment, Segments
 from rich.text import Text
 
 from gradguard.findings import Diagnosis
+from gradguard.report._actions import action_texts
 from gradguard.report._findings import Manner, illness_lines, remark_lines
 from gradguard.report._lines import flow, hang, join, wrap
 from gradguard.report._printable import printable
@@ -27,6 +28,7 @@ from gradguard.report._story import (
     unobserved_texts,
 )
 from gradguard.report._table import layer_table
+from gradguard.report._time import time_charts
 
 __all__ = ["print_report", "render"]
 
@@ -97,14 +99,13 @@ def _sections(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: b
         yield list(illness_lines(illness, summary, manner, say=index > 0))
     notes = [line for finding in remarks(diagnosis) for line in remark_lines(finding, summary, manner)]
     results = result_items(summary) if diagnosis.observations else []
-    ending = [
-        line for text in unobserved_texts(diagnosis) for line in hang(wrap(text, max(1, manner.width - 3)), " ", 3)
-    ]
+    done, ending = (_hanging(texts, manner) for texts in (action_texts(diagnosis), unobserved_texts(diagnosis)))
     if healthy is False:
-        yield _indented(results, manner)
+        yield [*_indented(results, manner), *done]
         yield notes
     else:
-        yield [*_indented([*results, *cost_items(diagnosis)], manner), *ending, *notes]
+        yield [*_indented([*results, *cost_items(diagnosis)], manner), *done, *ending, *notes]
+    yield _time(diagnosis, manner, width, ascii_only=ascii_only)
     if healthy is False or manner.show_all:
         yield _table(diagnosis, manner, width, ascii_only=ascii_only)
     empty = "-" if ascii_only else "·"
@@ -118,6 +119,21 @@ def _indented(items: Iterable[str], manner: Manner) -> list[Text]:
     return hang(flow(items, max(1, manner.width - 1), manner.separator), " ", 1)
 
 
+def _hanging(texts: Iterable[str], manner: Manner) -> list[Text]:
+    return [line for text in texts for line in hang(wrap(text, max(1, manner.width - 3)), " ", 3)]
+
+
 def _table(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: bool) -> list[Text]:
     lines = layer_table(diagnosis.layers, max(1, width - 1), ascii_only=ascii_only, show_all=manner.show_all)
+    return [Text.assemble(" ", line) for line in lines]
+
+
+def _time(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: bool) -> list[Text]:
+    lines = time_charts(
+        diagnosis,
+        max(1, width - 1),
+        ascii_only=ascii_only,
+        separator=manner.separator,
+        show_all=manner.show_all,
+    )
     return [Text.assemble(" ", line) for line in lines]

@@ -11,7 +11,9 @@ from html import escape
 from types import MappingProxyType
 
 from gradguard.findings import Diagnosis, Finding, LayerProfile, Prescription, Severity
+from gradguard.report._actions import action_texts
 from gradguard.report._cures import trials, untried
+from gradguard.report._format import number
 from gradguard.report._layers import (
     Fold,
     Scale,
@@ -42,6 +44,7 @@ from gradguard.report._story import (
     unobserved_texts,
     where,
 )
+from gradguard.report._time import TIME_CAPTION, decades, profiles_to_show, time_items
 
 __all__ = ["to_html"]
 
@@ -108,8 +111,11 @@ def _parts(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
     results = result_items(summary) if diagnosis.observations else []
     costs = cost_items(diagnosis)
     yield _paragraph(" · ".join(results))
+    for text in action_texts(diagnosis):
+        yield _paragraph(text)
     for finding in remarks(diagnosis):
         yield f'<p style="margin:4px 0">{_head(finding, diagnosis)}<br>{_text(finding.message)}</p>'
+    yield from _time(diagnosis, show_all=show_all)
     if diagnosis.healthy is False or show_all:
         yield from _table(rows_to_show(diagnosis.layers, show_all=show_all), show_all=show_all)
     yield from _spectra(diagnosis, show_all=show_all)
@@ -226,6 +232,35 @@ def _spectra(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
     yield _paragraph(f"{hidden} more, with smaller sigma ({SHOW_ALL})" if hidden else "", _MUTED)
     for text in proofs(diagnosis.spectra):
         yield _paragraph(text)
+
+
+def _time(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
+    """Yield the gradient through time; the curve is decoration, its numbers stand beside it."""
+    shown, hidden = profiles_to_show(diagnosis, show_all=show_all)
+    if shown:
+        yield _paragraph(TIME_CAPTION, _MUTED)
+    for profile in shown:
+        items = [profile.kind, *([profile.mark] if profile.mark else []), *time_items(profile)]
+        yield f'<div style="margin:4px 0"><strong>{_text(profile.name or "(model)")}</strong> · '
+        yield f"{_text(' · '.join(items))}</div>"
+        distances, logs = decades(profile)
+        scale = Scale.over(logs)
+        if scale is None:
+            yield _paragraph("nothing to draw: no finite gradient came through")
+            continue
+        far, high, low = float(profile.distance[-1]) or 1.0, scale.high, scale.low
+        points = " ".join(
+            f"{400.0 * distance / far:.1f},{60.0 * (high - value) / (high - low):.1f}"
+            for distance, value in zip(distances, logs, strict=True)
+        )
+        yield (
+            '<svg aria-hidden="true" width="404" height="64" viewBox="-2 -2 404 64">'
+            f'<polyline fill="none" stroke-width="2" stroke="{_BARS[bool(profile.mark)]}" points="{points}"></polyline>'
+            "</svg>"
+        )
+        ends = f"{scale.ends[0]} to {scale.ends[1]}, 0 to {number(far)} time steps back"
+        yield _paragraph(ends, _MUTED)
+    yield _paragraph(f"and {hidden} more ({SHOW_ALL})" if hidden else "", _MUTED)
 
 
 def _header(labels: Sequence[str], *, right: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["Clipped", "Clipper", "Measured", "Options"]
+__all__ = ["Clipped", "Clipper", "Measured", "Options", "is_first_rank"]
 
 _NAMED = 3
 """Names that a message about gradients gives."""
@@ -114,7 +114,7 @@ class Clipper:
 
     Attributes:
         non_finite: The policy for NaN and infinity.
-        skipped_steps: Steps whose gradients were taken away.
+        skipped_steps: Steps whose gradients were taken away because some were not finite.
         last: Result of the newest step, ``None`` before the first.
     """
 
@@ -181,8 +181,12 @@ class Clipper:
         return math.nan
 
     @torch.no_grad()
-    def step(self) -> ClipResult:
+    def step(self, *, refuse: Callable[[float], bool] | None = None) -> ClipResult:
         """Clip the gradients in place.
+
+        Args:
+            refuse: Asked with the norm of finite gradients before anything is clipped; where it says ``True`` they are
+                taken away (``.grad = None``), so that the optimizer leaves this step out. Asking waits for the device.
 
         Raises:
             NonFiniteGradientsError: If a gradient is not finite and the policy is ``"raise"``.
@@ -199,6 +203,10 @@ class Clipper:
             return self.last
         self._skipped_in_a_row = 0
         before, non_finite = found.total, _negated(found.finite)
+        if refuse is not None and math.isfinite(float(before)) and refuse(float(before)):
+            _take_away(pairs)
+            self.last = ClipResult(norm_before=before, norm_after=0.0, threshold=math.nan, engaged=False, skipped=True)
+            return self.last
         if self._policy is NonFinite.ZERO and found.scale is None and found.finite is not True:
             found = self._cleaned(found)
         clipped = self._clip(found)
@@ -233,6 +241,30 @@ class Clipper:
     def detach(self) -> None:
         """Take the hook of :meth:`attach` off; calling twice is harmless."""
         self._hooks.close()
+
+    @property
+    def attached(self) -> bool:
+        """Whether it applies itself before an optimizer's steps, since :meth:`attach`."""
+        return bool(len(self._hooks))
+
+    @property
+    def scaled(self) -> bool:
+        """Whether it knows a loss scaler."""
+        return self._scaler is not None
+
+    @property
+    def measures_l2(self) -> bool:
+        """Whether its norms are L2 norms, and not maxima."""
+        return self._norm_type == 2.0
+
+    def covers(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether all of these are among the parameters that it clips."""
+        mine = {id(parameter) for _, parameter in self._targets.pairs()}
+        return all(id(parameter) in mine for parameter in parameters)
+
+    def retarget(self, parameters: Parameters) -> None:
+        """Clip these from now on, as after a layer was unfrozen or replaced; what was learnt is kept."""
+        self._targets = Targets(parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain numbers, strings, lists and dicts."""
@@ -301,13 +333,12 @@ class Clipper:
                 f"{where}. No gradient was changed, and the optimizer has not stepped. Look at this step's "
                 'batch and loss, or pass non_finite="skip" to leave such steps out'
             )
-        for _, parameter in pairs:
-            parameter.grad = None
+        _take_away(pairs)
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         # A scaler that has unscaled finds the same, skips the step as well and lowers its scale: that is its trade.
         count = self.skipped_steps if self._scaler is None else self._skipped_in_a_row
-        if _is_power_of_ten(count) and (self._scaler is None or count >= _PATIENCE) and _is_first_rank():
+        if _is_power_of_ten(count) and (self._scaler is None or count >= _PATIENCE) and is_first_rank():
             warnings.warn(
                 f"gradguard: {where}. Its gradients were set to None, so that the optimizer leaves the weights alone; "
                 f"{self.skipped_steps} of {self._steps} steps skipped so far",
@@ -338,6 +369,11 @@ class Clipper:
         return wrapped
 
 
+def _take_away(pairs: list[tuple[str, Tensor]]) -> None:
+    for _, parameter in pairs:
+        parameter.grad = None
+
+
 def _negated(flag: Tensor | bool) -> Tensor | bool:  # noqa: FBT001  # it is the operand
     return torch.logical_not(flag) if isinstance(flag, torch.Tensor) else not flag
 
@@ -353,6 +389,7 @@ def _is_power_of_ten(count: int) -> bool:
     return str(count).strip("0") == "1"
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
+    """Whether this is the only process, or the first of a distributed run: the one that speaks."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -48,7 +48,7 @@ class ClipResult:
         self._engaged = engaged
         self._non_finite = non_finite
         self.skipped = skipped
-        """Whether the gradients were taken away (``.grad = None``) because some were not finite."""
+        """Whether the gradients were taken away (``.grad = None``): not all finite, or refused by the caller."""
 
     @property
     def norm_before(self) -> float:

@@ -76,9 +76,8 @@ def _gated(trace: Trace, op: Op) -> theory.Activation | None:
 
     A gate is to be half open at first: a gain that suits a stack of sigmoids would slam it.
     """
-    for child in trace.children[op.index]:
-        product = trace.ops[child]
-        if product.kind == "product" and len(product.operands) == 2:
+    for product in trace.gated_by(op.index):
+        if len(product.operands) == 2:
             own = set(product.operands) <= {op.index, *op.parents}
             is_sigmoid = op.activation is not None and op.activation.name == "sigmoid"
             return theory.activation("silu") if own and is_sigmoid else None

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from gradguard._arguments import check_model, check_optimizers, has_lazy_parameters
 from gradguard.errors import UnsupportedModelError
 from gradguard.monitors._describe import clean_name
+from gradguard.monitors._targets import is_compiled
 from gradguard.remedies._applied import Applied, Snapshot, tensor_names
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def check_arguments(
             raise UnsupportedModelError(
                 f"{type(module).__name__} is a TorchScript module. {verb.capitalize()} the model before it is scripted"
             )
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        if is_compiled(module):
             raise UnsupportedModelError(
                 f"{name} is compiled. {verb.capitalize()} the model before torch.compile, or pass the module that "
                 "was compiled"

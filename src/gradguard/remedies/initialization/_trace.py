@@ -69,6 +69,16 @@ _SHAPES = frozenset(
     }
 )  # fmt: skip
 """Functions that move, drop or pool values and leave their scale about as it is."""
+_MOVES = frozenset(
+    {
+        "__getitem__", "chunk", "contiguous", "expand", "expand_as", "flatten", "moveaxis", "movedim", "narrow",
+        "permute", "repeat", "reshape", "select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind",
+        "unflatten", "unsqueeze", "view", "view_as",
+    }
+)  # fmt: skip
+"""Functions that give out the values they take, elsewhere: a gate behind one of them is a gate."""
+_BOUNDED = frozenset({"hardsigmoid", "hardtanh", "sigmoid", "softsign", "tanh"})
+"""Activations that gates are made of."""
 _ATTENTION = frozenset({"multi_head_attention_forward"})
 _PRODUCTS = frozenset({"mul", "multiply", "__mul__", "__rmul__", "__imul__"})
 _SUMS = frozenset({"add", "__add__", "__radd__", "__iadd__"})
@@ -86,6 +96,7 @@ class Op:
 
     Attributes:
         index: Position in the order of execution.
+        name: Of the function, without the underscore of one that works in place.
         kind: ``"input"``, ``"layer"``, ``"activation"``, ``"norm"``, ``"shape"``, ``"sum"``, ``"product"`` or
             ``"other"``.
         parents: Indices of the operations whose results it takes; empty for what is made from constants.
@@ -97,6 +108,7 @@ class Op:
     index: int
     kind: str
     parents: tuple[int, ...]
+    name: str = ""
     operands: tuple[int, ...] = ()
     module: nn.Module | None = None
     activation: theory.Activation | None = None
@@ -132,6 +144,41 @@ class Trace:
     def ancestors(self, index: int) -> set[int]:
         """Return an operation and all that it depends on."""
         return _reach(index, lambda here: self.ops[here].parents)
+
+    def gated_by(self, index: int) -> list[Op]:
+        """Return the products in which the result of an activation gates something, in order.
+
+        A bounded activation also counts where it reaches the product through reshaping and the like:
+        ``h * g(h).view(h.shape)``, as in squeeze-and-excitation. In such a product ``h`` is what is gated, even if it
+        is the result of an activation itself.
+
+        Args:
+            index: The activation.
+        """
+        reached = self._moved(index) if self.ops[index].name in _BOUNDED else {index}
+        products = dict.fromkeys(child for here in sorted(reached) for child in self.children[here])
+        return [
+            self.ops[child]
+            for child in products
+            if self.ops[child].kind == "product"
+            and not any(self._gates(other, index) for other in self.ops[child].operands if other not in reached)
+        ]
+
+    def _moved(self, index: int) -> set[int]:
+        """Return an operation and those that only move its result; in ``gate.expand_as(h)`` that of the gate."""
+        return _reach(index, lambda here: [c for c in self.children[here] if self._is_move(c, here)])
+
+    def _is_move(self, index: int, source: int) -> bool:
+        return self.ops[index].name in _MOVES and self.ops[index].parents[0] == source
+
+    def _gates(self, index: int, gated: int) -> bool:
+        """Whether an operand is a bounded activation that layers compute from the result of another operation."""
+        while self.ops[index].name in _MOVES and self.ops[index].parents:
+            index = self.ops[index].parents[0]
+        if self.ops[index].name not in _BOUNDED:
+            return False
+        between = self.ancestors(index) & self.descendants(gated)
+        return any(self.ops[here].kind == "layer" for here in between)
 
 
 def _reach(index: int, step: Callable[[int], Sequence[int]]) -> set[int]:
@@ -196,6 +243,7 @@ class _Recorder(TorchFunctionMode):
             index=len(self.trace.ops),
             kind=_kind(plain, module),
             parents=parents,
+            name=plain,
             operands=self._operands(args) if plain in _SUMS | _PRODUCTS else (),
             module=module,
             activation=_activation(plain, args, kwargs),

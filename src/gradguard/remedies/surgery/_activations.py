@@ -176,7 +176,7 @@ def _not_hidden(found: Survey, module: nn.Module) -> str | None:
     if not uses:
         return "it did not run on the batch"
     for op in uses:
-        if any(found.trace.ops[child].kind == "product" for child in found.trace.children[op.index]):
+        if found.trace.gated_by(op.index):
             return "it is a gate: its result multiplies something else"
         if not any(found.trace.ops[index].kind == "layer" for index in found.trace.descendants(op.index)):
             return "it is at the output"

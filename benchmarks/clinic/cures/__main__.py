@@ -1,0 +1,79 @@
+"""Run the cure score.
+
+Run from the root of the repository::
+
+    python -m benchmarks.clinic.cures [--half practice|exam] [--seeds N] [--cases PATTERN]
+
+Each sick run is diagnosed by a guard, its prescriptions are tried on copies of the original weights, and the one that
+the trial recommends is applied to a fresh run, which is trained to its end. The same runs are repaired in three other
+ways. Single cases are listed for the practice half only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.clinic.catalogue import cases, half_of
+from benchmarks.clinic.cures.rows import CureRow, append, read, run_case
+from benchmarks.clinic.cures.tables import case_lines, show
+from benchmarks.clinic.results import source_hash
+
+
+def run_all(jobs: Sequence[tuple[str, int]], workers: int) -> Iterator[CureRow]:
+    """Run cases in a pool of processes, each on one thread, and give their rows as they come."""
+    if workers <= 1:
+        torch.set_num_threads(1)
+        yield from (run_case(*job) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for future in as_completed([pool.submit(run_case, *job) for job in jobs]):
+            yield future.result()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--half", choices=("practice", "exam"), help="one half only")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds per case")
+    parser.add_argument("--cases", default="*", help="names to run, as a shell pattern; of the practice half")
+    parser.add_argument("--healthy", action="store_true", help="run healthy cases as well: nothing may be recommended")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=Path("out/clinic/cures.jsonl"))
+    parser.add_argument("--any-source", action="store_true", help="take rows of other sources as well")
+    arguments = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    names = [case.name for case in cases(arguments.half) if case.is_sick or arguments.healthy]
+    if arguments.cases != "*":
+        names = [name for name in names if fnmatch(name, arguments.cases) and half_of(name) == "practice"]
+    source = None if arguments.any_source else source_hash()
+    done = {row.key for row in read(arguments.results, source=source)}
+    jobs = [(name, seed) for seed in range(arguments.seeds) for name in names if (name, seed) not in done]
+    started = time.monotonic()
+    rows = run_all(jobs, arguments.workers)
+    for row in track(rows, total=len(jobs), description="cures", console=console, disable=not console.is_terminal):
+        append(arguments.results, row)
+    console.print(f"{len(jobs)} cases in {time.monotonic() - started:.0f} s, {len(done)} in the file before")
+    kept = [row for row in read(arguments.results, source=source) if row.case in names and row.seed < arguments.seeds]
+    for half in ("practice", "exam"):
+        part = [row for row in kept if half_of(row.case) == half]
+        if part:
+            show(part, console, title=half)
+        if half == "practice":
+            for line in case_lines(part):
+                console.print(line, highlight=False, soft_wrap=True, markup=False)
+    return 1 if any(row.error for row in kept) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
