@@ -34,7 +34,7 @@ METHODS: dict[str, Callable[[nn.Module], gradguard.clip.Clipper]] = {
 """Thresholds on the norm of the whole gradient; one that follows the run's own norms; the same, never above 10."""
 
 
-_OUT_OF_SIGHT = 4.0
+_OUT_OF_SIGHT = 5.0
 """Loss at which the picture ends; chance is ln 10 = 2.3."""
 
 
@@ -132,7 +132,7 @@ def paint(figure: Any, rows: Sequence[Row]) -> None:
     for place, (row, colour) in enumerate(zip(rows, common.COLOURS, strict=False)):
         right.bar(place, 100.0 * row.accuracy, color=colour, width=0.6)
         right.plot([place] * len(row.runs), [100.0 * run.accuracy for run in row.runs], "k_", markersize=10)
-    right.set_xticks(range(len(rows)), [row.method.replace(" ", "\n") for row in rows], fontsize=8)
+    right.set_xticks(range(len(rows)), [row.method for row in rows], rotation=30, ha="right")
     right.set(
         xlabel="threshold", ylabel="held-out accuracy, %", ylim=(0, 102), title="Mean (bar) and single runs (lines)"
     )

@@ -106,6 +106,14 @@ def run(*, lengths: Sequence[int] = LENGTHS, steps: int = 240, seeds: int = 2) -
     return rows
 
 
+def through_time(kind: str, length: int) -> tuple[list[float], list[float]]:
+    """Return steps back from the answer, and the share of its gradient that arrives there, at the first step."""
+    torch.manual_seed(0)
+    first = common.train(net(kind, length), common.digits(), steps=1, seed=0, make_optimizer=adam)
+    profile = next(iter(first.history.profiles.values()))
+    return [float(step) for step in profile.distance], [float(norm / profile.memory[0]) for norm in profile.memory]
+
+
 def paint(figure: Any, rows: Sequence[Row]) -> None:
     """Draw accuracy over length, and the gradient over the time steps of the longest sequences."""
     left, right = figure.subplots(1, 2)
@@ -114,8 +122,8 @@ def paint(figure: Any, rows: Sequence[Row]) -> None:
         mine = [row for row in rows if row.kind == kind]
         left.plot([row.length for row in mine], [100.0 * row.accuracy for row in mine], "o-", color=colour, label=kind)
         factor = next(row.factor for row in mine if row.length == longest)
-        steps = range(longest)
-        right.semilogy(steps, [factor**step for step in steps], color=colour, label=f"{kind}: {factor:.2f} per step")
+        back, left_over = through_time(kind, longest)
+        right.semilogy(back, left_over, color=colour, label=f"{kind}: {factor:.2f} per step")
     left.axhline(10.0, color="#888888", linewidth=0.8, linestyle=":")
     left.set_xscale("log", base=2)
     lengths = sorted({row.length for row in rows})

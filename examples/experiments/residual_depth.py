@@ -105,7 +105,7 @@ def paint(figure: Any, rows: Sequence[Row]) -> None:
     left.set(
         xlabel="hidden layers", ylabel="held-out accuracy, %", ylim=(0, 102), title="After training (dotted: chance)"
     )
-    left.legend(frameon=False, loc="center left")
+    left.legend(frameon=False, loc="center right")
     right.set(
         xlabel="layer, from the input", ylabel="|dL/dy|", title=f"Gradient of {deepest} layers, at the first step"
     )

@@ -50,7 +50,7 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG301", None): ("he-initialization", "batch-norm", "leaky-relu"),
         ("GG302", Cause.DATA): ("standardize-input", "robust-scaling", "layer-norm", "relu"),
         ("GG302", None): ("xavier-initialization", "layer-norm", "relu"),
-        ("GG401", None): ("orthogonal-recurrent", "chrono-initialization", "forget-gate-bias", "gated-cell", "lstm"),
+        ("GG401", None): ("chrono-initialization", "forget-gate-bias", "orthogonal-recurrent", "gated-cell", "lstm"),
         ("GG402", None): ("lower-learning-rate", "weight-decay", "qk-norm", "spectral-norm"),
         ("GG403", None): ("he-initialization", "lsuv", "layer-norm", "residual"),
         ("GG501", None): _RATE,
