@@ -183,9 +183,9 @@ def test_both_findings_have_cures_that_run() -> None:
     (finding,) = [f for f in diagnosis.findings if f.code == "GG701"]
     names = [p.remedy for p in finding.prescriptions]
     assert names == ["scale-attention", "query-key-initialization", "xavier-initialization", "qk-norm"]
-    for layer in finding.layers:
-        code = finding.prescriptions[1].code.replace(repr(finding.layer), repr(layer))
-        exec(code, {"torch": torch, "model": model})  # noqa: S102  # what the report tells readers to paste
+    optimizer = torch.optim.Adam(model.parameters())
+    names_in_loop = {"gradguard": gradguard, "model": model, "optimizer": optimizer}
+    exec(finding.prescriptions[1].code, names_in_loop)  # noqa: S102  # what the report tells readers to paste
 
     assert "GG701" not in {f.code for f in gradguard.check(model, batch, classification_loss).findings}
 
