@@ -223,7 +223,8 @@ class SignalMonitor:
         started = time.perf_counter()
         try:
             if not in_functorch():
-                self._tap(name, module, (args, kwargs) if kwargs else args, output)
+                with self.attention.aside():
+                    self._tap(name, module, (args, kwargs) if kwargs else args, output)
         except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's forward pass
             self._fail(f"the forward hook of {name or 'the model'}", error)
         self.spent_s += time.perf_counter() - started
