@@ -19,6 +19,7 @@ import gradguard
 from gradguard.monitors import SignalMonitor
 from gradguard.monitors._hooks import top_function_mode
 from gradguard.monitors._reduce import Readback
+from gradguard.monitors.attention import _Watch
 from tests.driving import count_hooks, observe, reraise
 from tests.models import TransformerClassifier, classification_loss, digit_batch, mlp
 
@@ -428,6 +429,27 @@ def test_nothing_is_computed_under_a_dispatch_mode_or_a_transform() -> None:
         model[0](x)
 
     assert watched.names == free.names
+
+
+def test_what_the_signals_compute_does_not_pass_through_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of the model do, one by one; ours would take twice as long there. No mode is left on."""
+    seen: list[str] = []
+    passed_on = _Watch.__torch_function__
+
+    def noted(self: _Watch, func: Any, *args: Any) -> Any:
+        seen.append(func.__name__)
+        return passed_on(self, func, *args)
+
+    monkeypatch.setattr(_Watch, "__torch_function__", noted)
+    model, x = nn.Sequential(Handmade("method"), nn.ReLU()), inputs()
+    read = observe(model, lambda: model(x).sum().backward())
+
+    assert seen.count("linear") == 4
+    assert seen.count("softmax") == 1
+    assert not {"vector_norm", "linalg_vector_norm", "aminmax", "amax", "detach"} & set(seen)
+    assert not math.isnan(read.layer("0")["attention_entropy"])
+    assert not math.isnan(read.layer("0.q")["delta_norm"])
+    assert top_function_mode() is None
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # from torch, of inputs that are no leaves

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradguard.config import GuardConfig
+from gradguard.detectors._loss import Trend, loss_progress
+from gradguard.detectors._updates import matrix_ratios
+from gradguard.detectors.depth import observed_spans
 from gradguard.history import History
 from gradguard.records import LayerTable, OptimizerInfo, ParameterTable, RunInfo, StepRecord
-from tests.histories import chain
+from tests.histories import chain, flat
 from tests.strategies import numbers
 
 NAN = math.nan
@@ -202,3 +207,34 @@ def test_tables_whose_columns_differ_in_length_are_refused() -> None:
         LayerTable(names=("a",))
     with pytest.raises(ValueError, match=r"columns of a ParameterTable must have one length, got \[0, 1\]"):
         ParameterTable(names=("a",))
+
+
+def test_what_follows_from_a_history_is_computed_once_until_there_is_more() -> None:
+    """Spans, ratios and trend are asked for by many rules: shared, read-only, and new when there is more."""
+    history = chain(gain=0.5, steps=range(4), losses=flat(4))
+    config = GuardConfig()
+
+    spans, ratios = observed_spans(history, config), matrix_ratios(history)
+    assert observed_spans(history, config) is spans
+    assert matrix_ratios(history) is ratios
+    with pytest.raises(ValueError, match="read-only"):
+        spans[0] = 0.0
+
+    history.append(replace(history.records[-1], step=4))
+    assert observed_spans(history, config).shape == (5,)
+    assert matrix_ratios(history).shape == (5, ratios.shape[1])
+
+    assert loss_progress(history).trend is Trend.UNKNOWN
+    for step in range(4, 60):
+        history.note_loss(step, 2.303)
+    assert loss_progress(history).trend is Trend.FLAT
+
+
+def test_what_follows_with_one_threshold_is_not_taken_for_that_with_another() -> None:
+    """The span over the ends of a short net depends on how many layers are a depth."""
+    history = chain(gain=0.5, layers=20, steps=(0,))
+
+    wide = observed_spans(history, GuardConfig(minimum_depth_layers=6))
+    narrow = observed_spans(history, GuardConfig(minimum_depth_layers=30))
+
+    assert wide[0] != narrow[0]

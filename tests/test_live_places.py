@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import gradguard
 from gradguard import clip
 from gradguard.findings import Severity
-from tests.live import Tilt, back_off, hook_counts, run, slopes, train_digits
+from tests.live import Tilt, back_off, everything, hook_counts, run, same, slopes, train_digits
 from tests.models import digit_batch, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradguard. step.*GG:gradguard.GradGuardWarning")
@@ -303,3 +303,21 @@ def test_diverging_run_is_slowed_down() -> None:
             assert guard.actions[0].why.split()[0] in {"GG102", "GG501", "GG505"}
 
     assert ends[0] < 0.5 * ends[1]
+
+
+def test_skip_reaches_parameters_that_the_given_clipper_does_not_hold() -> None:
+    """A clipper made by the user keeps its parameters; a spike it sees is skipped for the whole optimizer."""
+    model = nn.ModuleDict({"first": Tilt(), "second": Tilt()})
+    optimizer = torch.optim.SGD(model["first"].parameters(), lr=1e-3)
+    guard = gradguard.watch(model, optimizer, clip=clip.Norm(model["first"], 10.0), on_spike="skip", on_error="raise")
+    optimizer.add_param_group({"params": list(model["second"].parameters())})
+    seen = []
+    for slope in slopes(45, {40: 30.0}):
+        optimizer.zero_grad()
+        (model["first"](slope) + model["second"](torch.ones(3))).backward()
+        optimizer.step()
+        seen.append(everything(model, optimizer))
+
+    assert [(act.step, act.kind) for act in guard.actions] == [(40, "skip")]
+    assert same(seen[39], seen[40])
+    assert not same(seen[40], seen[41])

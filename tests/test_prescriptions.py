@@ -179,7 +179,7 @@ def test_residual_blocks_get_branches_that_start_small_and_no_second_path(
     ("kind", "names"),
     [
         ("RNN 4>8", ["orthogonal-recurrent", "gated-cell", "lstm"]),
-        ("GRU 4>8", ["orthogonal-recurrent", "chrono-initialization", "forget-gate-bias"]),
+        ("GRU 4>8", ["chrono-initialization", "forget-gate-bias", "orthogonal-recurrent"]),
     ],
 )
 def test_recurrent_matrices_are_cured_by_what_the_cell_has(kind: str, names: list[str]) -> None:

@@ -180,7 +180,16 @@ def images() -> nn.Sequential:
     return nn.Sequential(*convs, nn.Flatten(), nn.Linear(64, 3))
 
 
-SEQUENCE = ("orthogonal-recurrent", "forget-gate-bias", "chrono-initialization", "gated-cell", "lstm", "qk-norm")
+SEQUENCE = (
+    "orthogonal-recurrent",
+    "forget-gate-bias",
+    "chrono-initialization",
+    "gated-cell",
+    "lstm",
+    "qk-norm",
+    "query-key-initialization",
+    "scale-query-key",
+)
 
 
 def suitable(remedy: str) -> tuple[nn.Module, torch.Tensor]:
@@ -193,8 +202,8 @@ def suitable(remedy: str) -> tuple[nn.Module, torch.Tensor]:
         return Reader(nn.RNN), torch.randn(shape)
     if remedy in {"forget-gate-bias", "chrono-initialization"}:
         return Reader(nn.LSTM), torch.randn(shape)
-    if remedy == "qk-norm":
-        return Attending(), torch.randn(shape)
+    if remedy in {"qk-norm", "query-key-initialization", "scale-query-key"}:
+        return Attending(), torch.randn(shape) * (100.0 if remedy == "scale-query-key" else 1.0)
     if remedy in {"delta-orthogonal-initialization", "group-norm"}:
         return images(), torch.randn(8, 2, 6, 6)
     activation = {"relu": nn.Sigmoid, "xavier-initialization": nn.Tanh, "lecun-initialization": nn.SELU}
@@ -319,18 +328,13 @@ def test_wiring_cures_change_what_they_say() -> None:
 
 
 def test_data_cures_change_what_they_say() -> None:
-    """Standardized data have mean 0 and deviation 1; scaled by quartiles, an outlier is bounded and the rest is not."""
+    """Scaled by quartiles, an outlier is bounded and the rest is not."""
     torch.manual_seed(0)
-    data = 50.0 + 3.0 * torch.randn(200, 4)
-    spoilt = data.clone()
+    spoilt = 50.0 + 3.0 * torch.randn(200, 4)
     spoilt[0] = 1e6
     scaled: dict[str, Any] = {"torch": torch, "batch": spoilt}
-    standardized: dict[str, Any] = {"torch": torch, "batch": data}
     run(plain_prescription("robust-scaling").code, scaled)
-    run(plain_prescription("standardize-input").code, standardized)
 
-    torch.testing.assert_close(standardized["batch"].mean(0), torch.zeros(4), atol=1e-4, rtol=0.0)
-    torch.testing.assert_close(standardized["batch"].std(0), torch.ones(4))
     assert scaled["batch"].abs().max() == 10.0
     assert 0.5 < scaled["batch"][1:].std() < 1.0
 

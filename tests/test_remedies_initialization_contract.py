@@ -80,6 +80,23 @@ def convolutions() -> nn.Module:
     )  # fmt: skip
 
 
+class Attentive(nn.Module):
+    """Attention of torch's, and some written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.query, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.view(-1, 8, 8)
+        h, _ = self.attention(h, h, h)
+        h = (self.query(h) @ h.mT).softmax(-1) @ self.value(h)
+        logits: Tensor = self.head(h.flatten(1))
+        return logits
+
+
 CASES: Mapping[str, tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = {
     "he-initialization": (mlp, {"generator": 0}, {"0.0", "0.2", "4"}),
     "xavier-initialization": (mlp, {"generator": 0}, {"0.0", "0.2", "4"}),
@@ -92,8 +109,9 @@ CASES: Mapping[str, tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = 
     "rezero": (residual, {}, set()),
     "forget-gate-bias": (Recurrent, {"value": 2.0}, {"gru", "lstm"}),
     "chrono-initialization": (Recurrent, {"max_time": 8, "generator": 0}, {"gru", "lstm"}),
-    "small-query-key": (Attention, {}, {"first"}),
+    "scale-query-key": (Attention, {}, {"first"}),
     "orthogonal-recurrent": (Recurrent, {"generator": 0}, {"gru", "lstm"}),
+    "query-key-initialization": (Attentive, {"generator": 0}, {"attention", "query"}),
 }
 """Model, arguments and the modules whose parameters change, by remedy."""
 

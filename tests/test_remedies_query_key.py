@@ -50,7 +50,7 @@ def test_logits_that_are_too_large_become_usual(query: str, key: str) -> None:
     model, x = nn.Sequential(ByHand(query, key, factor=300.0)), data()
     value = model[0].get_parameter("value.weight").clone()
 
-    applied = gradguard.apply("small-query-key", model, batch=x)
+    applied = gradguard.apply("scale-query-key", model, batch=x)
 
     assert 2.5 < model[0].largest(x) < 10.0
     assert torch.equal(model[0].get_parameter("value.weight"), value)

@@ -17,10 +17,12 @@ from gradguard.remedies import Applied
 from gradguard.remedies.surgery import (
     REMEDIES,
     Residual,
+    Standardized,
     Where,
     add_residual,
     insert_norm,
     replace_activations,
+    standardize_input,
     swap_recurrent,
 )
 from tests import surgery
@@ -337,3 +339,45 @@ def test_prescriptions_apply_by_name(name: str) -> None:
     applied.undo()
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_standardized_input_reaches_the_first_layer_with_mean_zero_and_deviation_one() -> None:
+    """Raw features of any scale arrive standardized, also in evaluation; features that never vary are only centred."""
+    torch.manual_seed(0)
+    data = torch.cat([50.0 + 3.0 * torch.randn(200, 3), torch.full((200, 1), 7.0)], dim=1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    seen: list[Tensor] = []
+    applied = standardize_input(model, batch=data)
+    model[0].layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.eval()
+    model(data)
+
+    torch.testing.assert_close(seen[0].mean(0), torch.zeros(4), atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(seen[0][:, :3].std(0, correction=0), torch.ones(3), atol=1e-4, rtol=0.0)
+    assert (seen[0][:, 3] == 0.0).all()
+    assert [name for name, _ in model.named_parameters()] == ["0.layer.weight", "0.layer.bias", "2.weight", "2.bias"]
+    assert applied.names["0.weight"] == "0.layer.weight"
+    assert not isinstance(model[2], Standardized)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "error", "words"),
+    [
+        (nn.Sequential(nn.Linear(4, 2)), None, ValueError, "pass batch="),
+        (nn.Sequential(nn.Linear(4, 2)), torch.randn(1, 4), UnsupportedModelError, "one example"),
+        (
+            nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)),
+            torch.tensor([[0, 1]]),
+            UnsupportedModelError,
+            "embedding",
+        ),
+    ],
+)
+def test_input_that_cannot_be_standardized_is_refused(
+    model: nn.Module, batch: Tensor | None, error: type[Exception], words: str
+) -> None:
+    """Without data, with one example, or where the first layer reads an embedding, nothing is changed."""
+    before = str(model)
+    with pytest.raises(error, match=words):
+        standardize_input(model, batch=batch)
+    assert str(model) == before

@@ -22,6 +22,7 @@ from gradguard.remedies.surgery import (
     insert_norm,
     rename,
     replace_activations,
+    standardize_input,
     swap_recurrent,
 )
 from gradguard.remedies.surgery._ledger import Ledger
@@ -43,6 +44,7 @@ OPERATIONS: Mapping[str, tuple[Callable[..., Applied], dict[str, Any], tuple[str
     "group norm": (insert_norm, {"kind": "group"}, ("mlp", "conv")),
     "rms norm": (insert_norm, {"kind": "rms"}, ("mlp", "conv")),
     "layer norm after": (insert_norm, {"kind": "layer", "where": "after"}, ("mlp", "conv")),
+    "standardize input": (standardize_input, {}, ("mlp", "conv")),
     "leaky relu": (replace_activations, {"to": "leaky-relu"}, ("mlp", "conv")),
     "relu, drawn anew": (replace_activations, {"to": "relu", "initialize_layers": True}, tuple(MODELS)),
     "residual": (add_residual, {}, tuple(MODELS)),

@@ -155,6 +155,51 @@ def test_a_gate_is_not_normalized() -> None:
     assert applied.skipped["gate"] == "no activation that is not a gate stands behind it"
 
 
+@pytest.mark.parametrize("features", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["layer", "rms", "group", "batch"])
+@pytest.mark.parametrize("traced", [True, False], ids=["traced", "by order"])
+def test_a_norm_over_fewer_than_four_features_is_refused(kind: Any, features: int, traced: bool) -> None:
+    """Two values normalized are -1 and 1; BatchNorm, which is over the batch, takes any number."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 8),
+        nn.Tanh(),
+        nn.Linear(8, features),
+        nn.Tanh(),
+        nn.Linear(features, 8),
+        nn.Tanh(),
+        nn.Linear(8, 2),
+    )
+
+    applied = insert_norm(model, kind, batch=torch.randn(6, 8) if traced else None, dry_run=True)
+
+    refused = kind != "batch" and features < 4
+    assert [line.partition(":")[0] for line in applied.changes] == (["0", "4"] if refused else ["0", "2", "4"])
+    if refused:
+        count = "1 value " if features == 1 else f"{features} values "
+        assert count in applied.skipped["2"]
+        assert "would keep little but their order; BatchNorm keeps more" in applied.skipped["2"]
+        assert f"2: left alone, {applied.skipped['2']}" in str(applied)
+    else:
+        assert "2" not in applied.skipped
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions", "refused"),
+    [("layer", 8, False), ("group", 8, False), ("rms", 8, True), ("layer", 1, True), ("group", 1, True)],
+)
+def test_values_of_a_convolution_are_counted_with_its_positions(kind: Any, positions: int, refused: bool) -> None:
+    """Two channels at 64 positions are 128 values, but for RMSNorm, which is taken at each position."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(2 * positions**2, 2))
+    x = torch.randn(4, 1, positions, positions)
+
+    if refused:
+        with pytest.raises(UnsupportedModelError, match="over 2 values would keep little but their order"):
+            insert_norm(net, kind, batch=x)
+    else:
+        assert len(insert_norm(net, kind, batch=x).changes) == 1
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"), [(nn.Linear(3, 4), (1, 3)), (nn.Conv2d(3, 4, 3), (1, 3, 8, 8))], ids=["linear", "conv"]
 )

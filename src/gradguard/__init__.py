@@ -21,7 +21,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradguard import clip, errors, findings, rules, spectra, testing, theory
+    from gradguard import clip, errors, findings, jacobian, rules, spectra, testing, theory
     from gradguard.config import GuardConfig
     from gradguard.errors import (
         GradGuardError,
@@ -69,6 +69,7 @@ __all__ = [
     "clip",
     "errors",
     "findings",
+    "jacobian",
     "rules",
     "spectra",
     "testing",
@@ -77,7 +78,7 @@ __all__ = [
     "watch",
 ]
 
-_SUBMODULES = ("clip", "errors", "findings", "rules", "spectra", "testing", "theory")
+_SUBMODULES = ("clip", "errors", "findings", "jacobian", "rules", "spectra", "testing", "theory")
 _NAMES = {
     "gradguard.config": ("GuardConfig",),
     "gradguard.errors": (

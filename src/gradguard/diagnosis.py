@@ -14,7 +14,7 @@ from gradguard.detectors._attribution import layer_gains, single_sigmas
 from gradguard.detectors._depth import TRUNK_ROLES, power, trunk, weight_layers
 from gradguard.detectors._loss import loss_progress
 from gradguard.detectors._numbers import column, signal
-from gradguard.detectors._updates import matrix_ratios, ratio_quantile
+from gradguard.detectors._updates import median_ratios
 from gradguard.detectors.dead_units import unit_shares
 from gradguard.detectors.depth import observed_spans
 from gradguard.detectors.temporal import time_profiles
@@ -351,7 +351,7 @@ def _summary(
     norms = norms[np.isfinite(norms)]
     low, middle, high = np.percentile(norms, [5, 50, 95]) if norms.size else (math.nan, math.nan, math.nan)
     spans = observed_spans(part, config) if len(part) else np.array([])
-    ratio = _last(ratio_quantile(matrix_ratios(part), 0.5)) if len(part) else math.nan
+    ratio = _last(median_ratios(part)) if len(part) else math.nan
     share, layer = _dead(part)
     before_clipping = history.scalar("read_before_clipping")
     return RunSummary(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from gradguard.records import (
 __all__ = ["History"]
 
 Item = TypeVar("Item")
+Derived = TypeVar("Derived")
 Table = TypeVar("Table", LayerTable, ParameterTable, MatrixTable)
 
 _HEAD = 32
@@ -108,6 +109,7 @@ class History:
         for name, value in (("capacity", capacity), ("loss_capacity", loss_capacity)):
             if value < 3 * _HEAD:
                 raise ValueError(f"{name} must be at least {3 * _HEAD}, to keep the start and the end, got {value!r}")
+        self._derived: dict[Hashable, Any] = {}
         self.info = info if info is not None else RunInfo()
         self.capacity = capacity
         self.loss_capacity = loss_capacity
@@ -132,12 +134,14 @@ class History:
         self._records.append(record)
         self._seen[record.optimizer] += 1
         self._cache.clear()
+        self._derived.clear()
         self._layouts.clear()
         self._tables = self._kept = None
 
     def note_loss(self, step: int, loss: float, *, optimizer: int = 0) -> None:
         """Add the loss of one step; non-finite losses are kept as they are."""
         self._losses.append((step, loss, optimizer))
+        self._derived.clear()
         self._loss_columns = None
 
     def note_origin(self, origin: NonFiniteOrigin) -> None:
@@ -224,6 +228,21 @@ class History:
     def matrix(self, name: str) -> FloatArray:
         """Return a matrix statistic, shape ``[observations, matrices]``; NaN where it was not observed."""
         return self._column("matrix", name, [record.matrix_values.get(name) for record in self.records])
+
+    def derived(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
+        """Return what follows from losses and observations: computed once, until there is more of either.
+
+        Several rules ask for the same spans, ratios and trend whenever a history is judged.
+
+        Args:
+            key: What it is, with every threshold and fact of :attr:`info` that it depends on.
+            compute: Computes it from this history. What it returns is shared; an array becomes read-only.
+        """
+        if key not in self._derived:
+            found = compute()
+            self._derived[key] = _fixed(found) if isinstance(found, np.ndarray) else found
+        result: Derived = self._derived[key]
+        return result
 
     def split(self) -> tuple[History, ...]:
         """Return one history per optimizer that was observed; a run with one optimizer returns itself."""

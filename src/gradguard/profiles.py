@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-__all__ = ["TimeProfile"]
+__all__ = ["JacobianStretch", "TimeProfile"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,3 +45,56 @@ class TimeProfile:
     gate: float
     gate_name: str
     mark: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JacobianStretch:
+    """Largest and smallest singular value of the Jacobian of a net or a block, at one batch.
+
+    The map is that of the whole batch: without coupling between examples its singular values are those of all examples
+    together. ``smallest`` is that of the smaller side (inputs or outputs): a net with ten outputs has ten per example.
+
+    Attributes:
+        name: Dotted name of the block; empty for the whole net.
+        source: What is varied, in words, for instance ``"the input"`` or ``"the output of embed"``.
+        inputs: Numbers that are varied, batch included.
+        outputs: Numbers at the other end, batch included.
+        largest: Largest singular value, >= 0. Never above the true one, but for rounding.
+        smallest: Smallest singular value where ``smallest_certified``, else an upper bound of it.
+        rms: Root mean square of the singular values on the smaller side; estimated from one random vector unless
+            ``exact``. Mean-field theory's ``chi`` to half the power of the depth.
+        largest_certified: Whether ``largest`` is known to ``residual``.
+        smallest_certified: Whether ``smallest`` is a value and not only a bound.
+        residual: Distance from ``largest`` within which a singular value surely lies, as a share of ``largest``.
+        noise: Share of ``largest`` below which a singular value is rounding.
+        iterations: Products with the Jacobian and its transpose, in pairs; or rows, where ``exact``.
+        exact: Whether the whole Jacobian was formed and decomposed.
+        method: ``"torch.func"``, ``"double backward"`` or ``"finite differences"``.
+        isometry: ``"isometric"``, ``"not isometric"`` or ``"unknown"``.
+    """
+
+    name: str = ""
+    source: str = "the input"
+    inputs: int
+    outputs: int
+    largest: float
+    smallest: float
+    rms: float
+    largest_certified: bool
+    smallest_certified: bool
+    residual: float
+    noise: float
+    iterations: int
+    exact: bool
+    method: str
+    isometry: str
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest singular value, >= 1; a lower bound where the smallest is an upper one."""
+        return self.largest / self.smallest if self.smallest > 0.0 else math.inf
+
+    @property
+    def decades(self) -> float:
+        """Decimal logarithm of :attr:`condition`."""
+        return math.log10(self.condition) if self.largest > 0.0 else math.nan

@@ -57,8 +57,8 @@ class Outcome:
 
     Attributes:
         quality: As the case measures it: at most 1, 0 for having learnt nothing; 0 as well where it is not finite.
-        diagnosis: What the guard made of it, where there was one: at the end, or at its first alarm where that alarm has
-            cleared by then. Somebody who looks at the alarm sees this.
+        diagnosis: What the guard made of it, where there was one: at the end, or at its first alarm where that has
+            cleared by then, which is what somebody who looks at the alarm sees.
         readings: What rivals' rules need, where they were asked for.
     """
 
@@ -135,41 +135,50 @@ def train(case: Case, seed: int, treat: Treat | None = None, *, watch: bool = Fa
     if treat is not None:
         job = _with(job, treat(setting_of(job)))
     reader = Probe(job) if probe else None
+    watcher = _Watcher(job) if watch else None
     losses = [0.0]
-    alarms: list[gradguard.Finding] = []
-    at_alarm: gradguard.Diagnosis | None = None
-    guard = None
-    if watch:
-        optimizer = job.optimizers if len(job.optimizers) > 1 else job.optimizers[0]
-        guard = gradguard.watch(job.model, optimizer, scaler=job.scaler, on_finding=alarms.append)
 
     def record(step: int, loss: Tensor, name: str) -> None:
         losses.append(float(loss.detach()))
-        if guard is not None:
-            guard.record(loss=loss, name=name)
+        if watcher is not None:
+            watcher.guard.record(loss=loss, name=name)
         if reader is not None:
             reader.read(step)
 
     def end(step: int) -> None:
-        nonlocal at_alarm
-        if guard is not None and at_alarm is None and any(f.severity >= gradguard.Severity.WARNING for f in alarms):
-            at_alarm = guard.diagnose()
+        if watcher is not None:
+            watcher.look()
         if reader is not None:
             reader.end(step, losses[-1])
 
     drive(job, record, begin=None if reader is None else reader.begin, end=end)
-    diagnosis = None
-    if guard is not None:
-        diagnosis = guard.diagnose()
-        if diagnosis.primary is None and at_alarm is not None:
-            diagnosis = at_alarm
-        guard.detach()
     quality = job.quality(job.model)
     return Outcome(
         quality=quality if math.isfinite(quality) else 0.0,
-        diagnosis=diagnosis,
+        diagnosis=watcher.close() if watcher is not None else None,
         readings=tuple(reader.readings) if reader is not None else (),
     )
+
+
+class _Watcher:
+    """A guard, and what it made of the run at its first alarm."""
+
+    def __init__(self, job: Job) -> None:
+        optimizer = job.optimizers if len(job.optimizers) > 1 else job.optimizers[0]
+        self._alarms: list[gradguard.Finding] = []
+        self._at_alarm: gradguard.Diagnosis | None = None
+        self.guard = gradguard.watch(job.model, optimizer, scaler=job.scaler, on_finding=self._alarms.append)
+
+    def look(self) -> None:
+        """Diagnose once, after the step at which the first alarm was raised."""
+        if self._at_alarm is None and any(f.severity >= gradguard.Severity.WARNING for f in self._alarms):
+            self._at_alarm = self.guard.diagnose()
+
+    def close(self) -> gradguard.Diagnosis:
+        """Return the diagnosis at the end, or at the first alarm if that has cleared."""
+        diagnosis = self.guard.diagnose()
+        self.guard.detach()
+        return self._at_alarm if diagnosis.primary is None and self._at_alarm is not None else diagnosis
 
 
 def apply_all(setting: Setting, remedies: Sequence[gradguard.Prescription | str]) -> nn.Module:

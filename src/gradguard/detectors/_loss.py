@@ -81,7 +81,8 @@ class LossProgress:
 
 def loss_progress(history: History) -> LossProgress:
     """Judge the losses of a run; see :func:`judge_losses`."""
-    return judge_losses(history.losses[1], classes=history.info.classes)
+    classes = history.info.classes
+    return history.derived(("loss_progress", classes), lambda: judge_losses(history.losses[1], classes=classes))
 
 
 def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:

@@ -6,7 +6,7 @@ import numpy as np
 
 from gradguard.config import GuardConfig
 from gradguard.detectors._numbers import column, percent, power_of_ten
-from gradguard.detectors._updates import matrix_ratios, ratio_quantile
+from gradguard.detectors._updates import median_ratios
 from gradguard.history import History
 from gradguard.records import StepRecord
 
@@ -24,7 +24,7 @@ def usual_rate(history: History, config: GuardConfig, index: int) -> str:
         config: Thresholds.
         index: The observation.
     """
-    ratio = float(ratio_quantile(matrix_ratios(history), 0.5)[index])
+    ratio = float(median_ratios(history)[index])
     within = config.update_ratio_low < ratio < config.update_ratio_high
     return f"update/weight {power_of_ten(ratio)} when it began" if within else ""
 

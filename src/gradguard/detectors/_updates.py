@@ -10,11 +10,11 @@ from gradguard.detectors._episodes import BoolArray
 from gradguard.history import History
 from gradguard.records import FloatArray
 
-__all__ = ["comparable", "matrix_ratios", "ratio_before", "ratio_quantile"]
+__all__ = ["comparable", "matrix_ratios", "median_ratios", "ratio_before", "ratio_quantile"]
 
 
 def comparable(history: History) -> BoolArray:
-    """Return which parameters have an update ratio that says something, shape ``[observations, parameters]``.
+    """Return which parameters have an update ratio that says something, ``[observations, parameters]``, read-only.
 
     Matrices and kernels only: vectors (biases, normalization) start at 0 or 1 and move by other amounts. Parameters
     that began at exactly zero (the B of LoRA, zero-initialized branches and heads) are left out for good, as a ratio to
@@ -22,6 +22,10 @@ def comparable(history: History) -> BoolArray:
 
     Source: Karpathy, CS231n notes, for the ratio; exclusions: ours (algorithms.md, section F7).
     """
+    return history.derived("comparable", lambda: _comparable(history))
+
+
+def _comparable(history: History) -> BoolArray:
     table = history.parameters
     weight = history.parameter("weight_norm")
     gradient = history.parameter("grad_norm")
@@ -47,9 +51,18 @@ def comparable(history: History) -> BoolArray:
 
 
 def matrix_ratios(history: History) -> FloatArray:
-    """Return update ratios, NaN where they are not comparable; shape ``[observations, parameters]``."""
+    """Return update ratios, NaN where they are not comparable; shape ``[observations, parameters]``, read-only."""
+    return history.derived("matrix_ratios", lambda: _matrix_ratios(history))
+
+
+def _matrix_ratios(history: History) -> FloatArray:
     ratios = history.parameter("update_ratio")
     return np.where(comparable(history) & np.isfinite(ratios), ratios, np.nan)
+
+
+def median_ratios(history: History) -> FloatArray:
+    """Return the median of :func:`matrix_ratios` per observation, shape ``[observations]``, read-only."""
+    return history.derived("median_ratios", lambda: ratio_quantile(matrix_ratios(history), 0.5))
 
 
 def ratio_quantile(ratios: FloatArray, quantile: float) -> FloatArray:
@@ -68,5 +81,5 @@ def ratio_quantile(ratios: FloatArray, quantile: float) -> FloatArray:
 
 def ratio_before(history: History, index: int) -> float:
     """Return the largest median update ratio over the observations up to ``index``, NaN where none is known."""
-    medians = ratio_quantile(matrix_ratios(history)[: index + 1], 0.5)
+    medians = median_ratios(history)[: index + 1]
     return float(np.nanmax(medians)) if np.isfinite(medians).any() else math.nan

@@ -96,7 +96,7 @@ def find_depth(history: History, config: GuardConfig) -> Sequence[Finding]:
 
 
 def observed_spans(history: History, config: GuardConfig) -> FloatArray:
-    """Return the depth span of each observation, in decades, shape ``[observations]``; NaN below two live rows.
+    """Return the depth span of each observation in decades, ``[observations]``, read-only; NaN below two live rows.
 
     It is :func:`supported_span` over the layers, extended by the decay of the live rows for each row that underflowed
     to zero. Of a model that is stacked from enough blocks it is taken over the inputs of the blocks instead.
@@ -106,6 +106,10 @@ def observed_spans(history: History, config: GuardConfig) -> FloatArray:
         config: Thresholds.
     """
     minimum = config.minimum_depth_layers
+    return history.derived(("observed_spans", minimum), lambda: _observed_spans(history, minimum))
+
+
+def _observed_spans(history: History, minimum: int) -> FloatArray:
     delta, given, taps = (
         in_range(history.layer(f"{place}_norm"), history.layer(f"{place}_max_abs"))
         for place in ("delta", "input_delta", "block_delta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import Trend, loss_progress
 from gradguard.detectors._numbers import finite_median, percent
 from gradguard.detectors._spikes import robust_z
-from gradguard.detectors._updates import matrix_ratios, ratio_quantile
+from gradguard.detectors._updates import median_ratios
 from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
 from gradguard.records import FloatArray
@@ -76,7 +77,7 @@ def find_epsilon_limited(history: History, config: GuardConfig) -> Sequence[Find
     rows = np.flatnonzero(limited[episode.last])
     root = finite_median(_matrices(history, "second_moment_rms")[episode.last][rows])
     epsilon = _epsilon(history)
-    crawls = root < _FAR_BELOW * epsilon and ratio_quantile(matrix_ratios(history), 0.5)[episode.last] < _CRAWL
+    crawls = root < _FAR_BELOW * epsilon and median_ratios(history)[episode.last] < _CRAWL
     slow = loss.stuck or crawls or (loss.trend is Trend.FALLING and history.losses[1].size >= _SLOW)
     names = tuple(dict.fromkeys(history.parameters.layers[int(row)] for row in rows))
     return [
@@ -119,50 +120,68 @@ def find_update_rms_spike(history: History, config: GuardConfig) -> Sequence[Fin
     roles = dict(zip(history.layers.names, history.layers.roles, strict=True))
     table = history.parameters
     kept = [row for row, layer in enumerate(table.layers) if roles.get(layer) != "embedding"]
-    steps = history.steps.astype(np.int64)
     if history.info.preflight or not kept or not np.isfinite(ratios).any():
         return []
     with np.errstate(invalid="ignore", divide="ignore"):  # norms that are not finite
         cut = history.scalar("grad_norm_at_step") / history.scalar("grad_norm")
     factor = np.where(np.isfinite(cut), np.minimum(cut, 1.0), 1.0)
-    ratios = ratios[:, kept] * factor[:, None]
-    for index in range(len(ratios) - 1, -1, -1):
-        for column in np.flatnonzero(np.nan_to_num(ratios[index], posinf=0.0) >= config.update_rms):
-            series = ratios[:index, int(column)]
-            before = series[np.isfinite(series) & (series > 0.0)][-config.spike_window :]
-            value = float(ratios[index, int(column)])
-            if before.size < config.spike_minimum or value <= config.spike_ratio * float(np.median(before)):
-                continue
-            z = robust_z(value, before)
-            if z <= config.spike_z:
-                continue
-            layer = table.layers[kept[int(column)]]
-            last = index == len(ratios) - 1
-            losses = history.losses[1]
-            rose = loss_progress(history).trend is Trend.RISEN and bool(np.isfinite(losses[-1]))
-            return [
-                make_finding(
-                    "GG703",
-                    Severity.WARNING if last and rose else Severity.INFO,
-                    f"The update of {layer} at step {steps[index]} was {value:.2g} times what the optimizer intends: "
-                    f"its running mean of squares had fallen behind the gradient.",
-                    step=int(steps[index]),
-                    last_step=int(steps[index]),
-                    resolved_step=None if last else int(steps[index + 1]),
-                    layer=layer,
-                    layers=(layer,),
-                    cause=Cause.LEARNING_RATE,
-                    confidence=0.7,
-                    evidence={
-                        "update_rms": Evidence(
-                            value=value, unit="ratio", note=f"1 is usual, {config.update_rms:g} much"
-                        ),
-                        "usual": Evidence(value=float(np.median(before)), unit="ratio", note="median before it"),
-                        "z": Evidence(value=z, note="robust standard deviations of the logarithm"),
-                    },
-                )
-            ]
-    return []
+    spike = _newest_spike(ratios[:, kept] * factor[:, None], config)
+    return [] if spike is None else [_update_spike(history, config, table.layers[kept[spike.column]], spike)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _UpdateSpike:
+    """A value out of line with those before it: where it stands, what it is, and what was usual."""
+
+    index: int
+    column: int
+    value: float
+    usual: float
+    z: float
+
+
+def _newest_spike(ratios: FloatArray, config: GuardConfig) -> _UpdateSpike | None:
+    """Return the spike of the newest observation that has one, of the first matrix that shows it.
+
+    Args:
+        ratios: Update RMS as clipped, shape ``[observations, matrices]``.
+        config: Thresholds.
+    """
+    large = np.argwhere(np.nan_to_num(ratios, posinf=0.0) >= config.update_rms)
+    for index, column in sorted(((int(i), int(j)) for i, j in large), key=lambda place: (-place[0], place[1])):
+        series = ratios[:index, column]
+        before = series[np.isfinite(series) & (series > 0.0)][-config.spike_window :]
+        value = float(ratios[index, column])
+        if before.size < config.spike_minimum or value <= config.spike_ratio * float(np.median(before)):
+            continue
+        z = robust_z(value, before)
+        if z > config.spike_z:
+            return _UpdateSpike(index=index, column=column, value=value, usual=float(np.median(before)), z=z)
+    return None
+
+
+def _update_spike(history: History, config: GuardConfig, layer: str, spike: _UpdateSpike) -> Finding:
+    steps = history.steps.astype(np.int64)
+    last = spike.index == len(steps) - 1
+    rose = loss_progress(history).trend is Trend.RISEN and bool(np.isfinite(history.losses[1][-1]))
+    return make_finding(
+        "GG703",
+        Severity.WARNING if last and rose else Severity.INFO,
+        f"The update of {layer} at step {steps[spike.index]} was {spike.value:.2g} times what the optimizer intends: "
+        f"its running mean of squares had fallen behind the gradient.",
+        step=int(steps[spike.index]),
+        last_step=int(steps[spike.index]),
+        resolved_step=None if last else int(steps[spike.index + 1]),
+        layer=layer,
+        layers=(layer,),
+        cause=Cause.LEARNING_RATE,
+        confidence=0.7,
+        evidence={
+            "update_rms": Evidence(value=spike.value, unit="ratio", note=f"1 is usual, {config.update_rms:g} much"),
+            "usual": Evidence(value=spike.usual, unit="ratio", note="median before it"),
+            "z": Evidence(value=spike.z, note="robust standard deviations of the logarithm"),
+        },
+    )
 
 
 def _matrices(history: History, name: str) -> FloatArray:

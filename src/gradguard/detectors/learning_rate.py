@@ -12,7 +12,7 @@ from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import BLOW_UP, LossProgress, Trend, judge_losses, loss_growth, loss_progress
 from gradguard.detectors._numbers import power_of_ten
 from gradguard.detectors._spikes import leap
-from gradguard.detectors._updates import comparable, matrix_ratios, ratio_quantile
+from gradguard.detectors._updates import comparable, matrix_ratios, median_ratios, ratio_quantile
 from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
 from gradguard.records import FloatArray
@@ -70,13 +70,12 @@ def find_learning_rate(history: History, config: GuardConfig) -> Sequence[Findin
     """
     if not len(history) or history.info.preflight:
         return []
-    ratios = matrix_ratios(history)
-    found = [_too_high(history, config, ratios), find_too_low(history, config)]
+    found = [_too_high(history, config), find_too_low(history, config)]
     return [finding for finding in found if finding is not None]
 
 
-def _too_high(history: History, config: GuardConfig, ratios: FloatArray) -> Finding | None:
-    medians = ratio_quantile(ratios, 0.5)
+def _too_high(history: History, config: GuardConfig) -> Finding | None:
+    medians = median_ratios(history)
     known = ~np.isnan(medians)
     limit = config.update_ratio_high
     if not ((medians > _BLOWN_SHARE * limit) | _weights_grow(history)).any():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradguard.detectors._updates import matrix_ratios, ratio_quantile
+from gradguard.detectors._updates import median_ratios
 from gradguard.detectors.dead_units import unit_shares
 from gradguard.detectors.depth import observed_spans
 from gradguard.findings import Severity
@@ -114,7 +114,7 @@ def log_values(
             values[name] = records[-1].scalars.get(name, math.nan)
     parts = [_alone(record) for record in records]
     values["span_decades"] = _worst([float(observed_spans(part, config)[-1]) for part in parts])
-    ratios = [float(ratio_quantile(matrix_ratios(part), 0.5)[-1]) for part in parts]
+    ratios = [float(median_ratios(part)[-1]) for part in parts]
     values["update_ratio_log10"] = _worst([math.log10(ratio) if ratio > 0.0 else math.nan for ratio in ratios])
     values["dead_fraction"] = _largest([unit_shares(part, "dead_fraction") for part in parts])
     standing = [f for f in findings if f.standing and f.consequence_of is None and f.severity >= Severity.WARNING]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ __all__ = [
     "Hook",
     "HookSet",
     "StepHook",
+    "Taps",
     "in_backward",
     "in_dispatch_mode",
     "in_functorch",
@@ -25,6 +26,9 @@ _TRACING = getattr(torch._C, "_get_tracing_state", None)
 _FUNCTORCH = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 _DISPATCH_MODES = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _FUNCTION_MODE = getattr(torch.overrides, "_get_current_function_mode", None)
+
+
+Place = TypeVar("Place")
 
 
 class _Removable(Protocol):
@@ -71,6 +75,40 @@ class HookSet:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Taps(Generic[Place]):
+    """Hooks that are set for an observation, one per place, and taken off after it.
+
+    A hook that did not fire in a step that ran stays, until :meth:`remove` is called with ``ran`` set to False: its
+    module is unused, or compiled with the hook in place, and then removing it would make torch compile again.
+
+    Attributes:
+        fired: Places whose hook fired since :meth:`begin`.
+        ran: Whether a step ran since then.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[Place, _Removable] = {}
+        self.fired: set[Place] = set()
+        self.ran = False
+
+    def begin(self) -> None:
+        """Begin an observation."""
+        self.ran = False
+        self.fired.clear()
+
+    def add(self, place: Place, handle: _Removable) -> None:
+        """Keep the handle of the hook at a place that had none."""
+        self._handles[place] = handle
+
+    def remove(self) -> None:
+        """Remove the hooks, but in a step that ran only those that fired; harmless when called twice."""
+        for place in [place for place in self._handles if place in self.fired or not self.ran]:
+            self._handles.pop(place).remove()
+
+    def __contains__(self, place: Place) -> bool:
+        return place in self._handles
 
 
 class Hook:

@@ -17,7 +17,7 @@ from gradguard.monitors._reduce import Handle, Readback
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Counts", "Moment", "queue_float16", "queue_moments", "second_moment", "underflow_fraction"]
+__all__ = ["Counts", "Moment", "queue_float16", "queue_moments", "second_moment", "stretch_sums", "underflow_fraction"]
 
 _EDGE = 2.0**24
 """Smallest float16 numbers in 1: each is a whole multiple of 2^-24. Source: IEEE 754-2019, binary16."""
@@ -109,7 +109,7 @@ def queue_moments(readback: Readback, moments: Sequence[Moment]) -> list[Counts]
         live = (root > 0.0).float()
         scaled = torch.cat([m.gradient for m in members]) * live / root.clamp_min(epsilon)
         limited = live * (root < _LIMITED * epsilon)
-        sums = _sums(torch.stack((square, limited, live, scaled.square())), sizes)
+        sums = stretch_sums(torch.stack((square, limited, live, scaled.square())), sizes)
         queued.append(Counts(rows=[m.row for m in members], sizes=sizes, handle=readback.put_vector(sums)))
     return queued
 
@@ -129,7 +129,7 @@ def queue_float16(
     steps = gradients * _EDGE if factor is None else gradients * (factor.float() * _EDGE)
     size = steps.abs()
     masks = (steps != steps.round(), size > _NORMAL, size < _LOST, steps != 0.0)
-    return Counts(rows=rows, sizes=sizes, handle=readback.put_vector(_sums(torch.stack(masks).float(), sizes)))
+    return Counts(rows=rows, sizes=sizes, handle=readback.put_vector(stretch_sums(torch.stack(masks), sizes)))
 
 
 def underflow_fraction(readback: Readback, counts: Counts, position: int) -> float:
@@ -146,7 +146,12 @@ def underflow_fraction(readback: Readback, counts: Counts, position: int) -> flo
     return 0.0 if normal > 0.0 else lost / counts.sizes[position]
 
 
-def _sums(values: Tensor, sizes: list[int]) -> Tensor:
-    """Return the sums of each row of ``values`` over consecutive stretches, flat, row by row."""
+def stretch_sums(values: Tensor, sizes: list[int]) -> Tensor:
+    """Return the sums of each row of ``values`` over consecutive stretches, flat, row by row.
+
+    Args:
+        values: Numbers or flags, shape ``[rows, sum of sizes]``; flags are counted in int64.
+        sizes: Length of each stretch.
+    """
     columns = values.split(sizes, dim=1)
     return torch.stack([column.sum(dim=1) for column in columns], dim=1).reshape(-1)

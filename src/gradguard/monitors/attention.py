@@ -9,6 +9,7 @@ ones. A compiled function called inside is compiled once more for it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -185,6 +186,18 @@ class AttentionMonitor:
         self._inside.pop()
         if not self._inside:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the mode off for a while, where it stands last: operations of ours need not pass through it."""
+        if not self._inside or top_function_mode() is not self._mode:
+            yield
+            return
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _unwind(self) -> bool:
         """Leave a mode that an interrupted forward pass left on; ``False`` where it stands below another one."""

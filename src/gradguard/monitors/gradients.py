@@ -22,6 +22,7 @@ from gradguard.monitors._moments import (
     queue_float16,
     queue_moments,
     second_moment,
+    stretch_sums,
     underflow_fraction,
 )
 from gradguard.monitors._reduce import Handle, Norm, Readback, dense, queue_norms, subsample
@@ -105,7 +106,7 @@ class GradientMonitor:
         self._gradients: dict[int, Norm] = {}
         self._weights: dict[int, Norm] = {}
         self._samples: list[_Samples] = []
-        self._updates: list[tuple[list[int], Handle]] = []
+        self._updates: list[tuple[list[int], Handle, Handle]] = []
         self._moments: list[Counts] = []
         self._float16: list[Counts] = []
         self._facts: list[tuple[float, float, float, float, float]] = []
@@ -148,6 +149,24 @@ class GradientMonitor:
             for row, p in enumerate(self._parameters)
             if gradients[row] is not None and row not in self._gradients
         )
+        self._note_facts(readback, gradients, groups)
+        self._samples = list(self._take_samples(gradients)) if sample else []
+        self._updates = []
+        self._float16 = [
+            queue_float16(readback, samples.rows, samples.sizes, samples.gradients, divided_by)
+            for samples in self._samples
+        ]
+        self._lost = {
+            row: readback.put(lost[id(p.parameter)])
+            for row, p in enumerate(self._parameters)
+            if lost is not None and id(p.parameter) in lost
+        }
+        self._moments = queue_moments(readback, list(self._take_moments(groups, state_of))) if state_of else []
+
+    def _note_facts(
+        self, readback: Readback, gradients: list[Tensor | None], groups: Mapping[int, Mapping[str, Any]] | None
+    ) -> None:
+        """Note what is known of each parameter without its values; rates that are tensors are queued."""
         self._facts, self._lr_handles = [], {}
         for row, (named, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
             key = id(named.parameter)
@@ -166,18 +185,6 @@ class GradientMonitor:
                     _rounding_unit(named.parameter),
                 )
             )
-        self._samples = list(self._take_samples(gradients)) if sample else []
-        self._updates = []
-        self._float16 = [
-            queue_float16(readback, samples.rows, samples.sizes, samples.gradients, divided_by)
-            for samples in self._samples
-        ]
-        self._lost = {
-            row: readback.put(lost[id(p.parameter)])
-            for row, p in enumerate(self._parameters)
-            if lost is not None and id(p.parameter) in lost
-        }
-        self._moments = queue_moments(readback, list(self._take_moments(groups, state_of))) if state_of else []
 
     def read_update(self, readback: Readback) -> None:
         """Queue how far the sampled entries moved; call after the optimizer step."""
@@ -189,11 +196,10 @@ class GradientMonitor:
             change = after - samples.before
             live = samples.gradients != 0
             moved = (change != 0) & live
-            sums = [
-                torch.stack(torch._foreach_norm(list(column.split(samples.sizes)), order))
-                for column, order in ((change, 2), (samples.before, 2), (moved.float(), 1), (live.float(), 1))
-            ]
-            self._updates.append((samples.rows, readback.put_vector(torch.cat(sums))))
+            columns = [*change.split(samples.sizes), *samples.before.split(samples.sizes)]
+            norms = readback.put_vector(torch.stack(torch._foreach_norm(columns)))
+            counts = readback.put_vector(stretch_sums(torch.stack((moved, live)), samples.sizes))
+            self._updates.append((samples.rows, norms, counts))
 
     def forgo_update(self) -> None:
         """Leave the update of this step out, as where none was made on purpose."""
@@ -219,9 +225,10 @@ class GradientMonitor:
             for row, norm in norms.items():
                 l2, largest = norm.resolve(readback)
                 columns[names[0]][row], columns[names[1]][row] = l2 * factor, largest * factor
-        for rows, handle in self._updates:
+        for rows, sizes, counts in self._updates:
             for offset, row in enumerate(rows):
-                update, weight, stirred, live = (readback.value(handle, offset + k * len(rows)) for k in range(4))
+                update, weight = (readback.value(sizes, offset + k * len(rows)) for k in range(2))
+                stirred, live = (readback.value(counts, offset + k * len(rows)) for k in range(2))
                 columns["update_ratio"][row] = update / weight if weight > 0.0 else math.nan
                 columns["moved_fraction"][row] = stirred / live if live > 0.0 else math.nan
         self._add_precision(readback, columns, scale)

@@ -19,7 +19,7 @@ from gradguard.findings import Unobserved
 from gradguard.monitors._blocks import BlockTaps
 from gradguard.monitors._derivatives import ActivationInfo, activation_info
 from gradguard.monitors._describe import ModuleInfo, clean_name, describe
-from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
+from gradguard.monitors._hooks import Hook, HookSet, Taps, in_backward, in_functorch
 from gradguard.monitors._reduce import Norm, Readback, dense, queue_norm
 from gradguard.monitors._rows import KnownTensors, Row, Slot, Streaks, layer_columns, saturated_units, unit_reduce
 from gradguard.monitors._targets import Target, is_compiled, targets
@@ -29,7 +29,6 @@ from gradguard.spectra._convolution import Conv
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.utils.hooks import RemovableHandle
 
     from gradguard.records import FloatArray, LayerTable
 
@@ -77,9 +76,7 @@ class SignalMonitor:
         self._patience = dead_patience_steps
         self._any_mode = any_mode
         self._hooks = HookSet()
-        self._taps: dict[tuple[int, bool], RemovableHandle] = {}
-        self._fired: set[tuple[int, bool]] = set()
-        self._ran = False
+        self._taps: Taps[tuple[int, bool]] = Taps()
         self._late: list[Target] = []
         self._blocks = BlockTaps()
         self.attention = AttentionMonitor(model, on_failure=on_failure, any_mode=any_mode, off=not attention)
@@ -110,8 +107,7 @@ class SignalMonitor:
         if self.failed or self._active:
             return
         self._active = True
-        self._ran = False
-        self._fired.clear()
+        self._taps.begin()
         self._late = []
         self.attention.arm()
         found = list(targets(self._model))
@@ -127,19 +123,17 @@ class SignalMonitor:
     def disarm(self) -> None:
         """Remove the hooks; gradient hooks of graphs that are still alive become inert. Harmless when called twice.
 
-        A forward hook that did not fire in a step that ran stays until :meth:`close`: its module is unused, or compiled
-        with the hook in place, and then removing it would make torch compile again.
+        See :class:`~gradguard.monitors._hooks.Taps` for those that stay until :meth:`close`.
         """
         self._active = False
-        self.attention.disarm(ran=self._ran, fired={module for module, _ in self._fired})
+        self.attention.disarm(ran=self._taps.ran, fired={module for module, _ in self._taps.fired})
         self._hooks.close()
-        for key in [key for key in self._taps if key in self._fired or not self._ran]:
-            self._taps.pop(key).remove()
+        self._taps.remove()
         self.generation += 1
 
     def close(self) -> None:
         """Remove every hook, for good."""
-        self._ran = False
+        self._taps.ran = False
         self.disarm()
 
     def pause(self) -> None:
@@ -149,7 +143,7 @@ class SignalMonitor:
 
     def close_step(self, step: int, optimizer: int) -> None:
         """Queue what spans observations: for how long units have been inactive."""
-        self._ran = True
+        self._taps.ran = True
         for prefix in ("", "input_"):
             groups: dict[torch.device, dict[str, Tensor]] = {}
             for row in self._rows.values():
@@ -175,7 +169,7 @@ class SignalMonitor:
             return None
         if self.eval_calls:
             why = "the forward pass ran in evaluation mode"
-        elif self._fired:
+        elif self._taps.fired:
             why = "the forward pass ran without gradients"
         else:
             why = "no forward hook fired: the model runs compiled, or as a copy"
@@ -208,10 +202,10 @@ class SignalMonitor:
             return
         if target.is_block:
             hook = Hook(self, SignalMonitor._on_block, target.name)
-            self._taps[key] = target.module.register_forward_pre_hook(hook, with_kwargs=True)
+            self._taps.add(key, target.module.register_forward_pre_hook(hook, with_kwargs=True))
             return
         hook = Hook(self, SignalMonitor._on_forward, target.name)
-        self._taps[key] = target.module.register_forward_hook(hook, with_kwargs=True)
+        self._taps.add(key, target.module.register_forward_hook(hook, with_kwargs=True))
 
     def _arm_late(self, *_: Any) -> None:
         if self._late and torch.is_grad_enabled() and self._in_training(self._model):
@@ -225,11 +219,12 @@ class SignalMonitor:
     def _on_forward(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._active or self._paused:
             return
-        self._fired.add((id(module), False))
+        self._taps.fired.add((id(module), False))
         started = time.perf_counter()
         try:
             if not in_functorch():
-                self._tap(name, module, (args, kwargs) if kwargs else args, output)
+                with self.attention.aside():
+                    self._tap(name, module, (args, kwargs) if kwargs else args, output)
         except Exception as error:  # noqa: BLE001  # whatever fails here must not reach the user's forward pass
             self._fail(f"the forward hook of {name or 'the model'}", error)
         self.spent_s += time.perf_counter() - started
@@ -237,7 +232,7 @@ class SignalMonitor:
     def _on_block(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._active or self._paused:
             return
-        self._fired.add((id(module), True))
+        self._taps.fired.add((id(module), True))
         started = time.perf_counter()
         try:
             if not in_functorch() and self._in_training(module):
@@ -340,7 +335,8 @@ class SignalMonitor:
             axis = 1 if output.ndim >= 4 else -1
         output = output.detach()
         if row.info.zero_is_dead:
-            row.nonzeros.append((self._readback.put(torch.count_nonzero(output)), output.numel()))
+            nonzeros = output.bool().sum()  # no branch per entry, as count_nonzero has on a CPU
+            row.nonzeros.append((self._readback.put(nonzeros), output.numel()))
             activity = unit_reduce(output, axis, signed=False)
             if activity is not None:
                 row.units.add(activity)

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gradguard.findings import Unobserved
 from gradguard.monitors._captures import Call, CellCall, Cells, capture_call, capture_cell, is_single_step, step_rows
 from gradguard.monitors._describe import clean_name
-from gradguard.monitors._hooks import Hook, HookSet, in_backward, in_functorch
+from gradguard.monitors._hooks import Hook, HookSet, Taps, in_backward, in_functorch
 from gradguard.monitors._profiles import CURVES, MINIMUM_STEPS, Curves, TemporalNumbers, summarise
 from gradguard.monitors._recurrence import Direction, Replayed, replay
 from gradguard.monitors._reduce import Readback
@@ -36,7 +36,6 @@ from gradguard.records import TEMPORAL_STATISTICS, FloatArray, TemporalProfile
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.utils.hooks import RemovableHandle
 
 __all__ = ["TemporalMonitor"]
 
@@ -118,10 +117,9 @@ class TemporalMonitor:
         self._model = model
         self._on_failure = on_failure
         self._any_mode = any_mode
-        self._taps: dict[int, RemovableHandle] = {}
-        self._fired: set[int] = set()
+        self._taps: Taps[int] = Taps()
         self._leaves = HookSet()
-        self._ran = self._active = self.failed = False
+        self._active = self.failed = False
         self.generation = 0
         self.spent_s = 0.0
         self.reset()
@@ -139,27 +137,26 @@ class TemporalMonitor:
         """Set the forward hooks; calling twice is harmless."""
         if self.failed or self._active:
             return
-        self._active, self._ran = True, False
-        self._fired.clear()
+        self._active = True
+        self._taps.begin()
         for module, name in _targets(self._model):
             if id(module) not in self._taps:
                 hook = Hook(self, TemporalMonitor._on_forward, name)
-                self._taps[id(module)] = module.register_forward_hook(hook, with_kwargs=True)
+                self._taps.add(id(module), module.register_forward_hook(hook, with_kwargs=True))
 
     def disarm(self) -> None:
         """Remove the hooks; gradient hooks of graphs that are still alive become inert. Harmless when called twice.
 
-        As in :class:`~gradguard.monitors.signals.SignalMonitor`, a hook that did not fire in a step that ran stays.
+        See :class:`~gradguard.monitors._hooks.Taps` for those that stay until :meth:`close`.
         """
         self._active = False
         self._leaves.close()
-        for key in [key for key in self._taps if key in self._fired or not self._ran]:
-            self._taps.pop(key).remove()
+        self._taps.remove()
         self.generation += 1
 
     def close(self) -> None:
         """Remove every hook, for good, and let go of tensors."""
-        self._ran = False
+        self._taps.ran = False
         self.disarm()
         self.reset()
 
@@ -170,7 +167,7 @@ class TemporalMonitor:
 
     def read(self, readback: Readback) -> None:
         """Replay what was captured with the weights as they are, and queue the numbers; before the update."""
-        self._ran = True
+        self._taps.ran = True
         for name in [*self._calls, *self._cells]:
             try:
                 self._replay(name, readback)
@@ -225,7 +222,7 @@ class TemporalMonitor:
     def _on_forward(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._active or self._paused:
             return
-        self._fired.add(id(module))
+        self._taps.fired.add(id(module))
         started = time.perf_counter()
         try:
             wanted = self._any_mode or module.training or self._model.training

@@ -50,7 +50,7 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG301", None): ("he-initialization", "batch-norm", "leaky-relu"),
         ("GG302", Cause.DATA): ("standardize-input", "robust-scaling", "layer-norm", "relu"),
         ("GG302", None): ("xavier-initialization", "layer-norm", "relu"),
-        ("GG401", None): ("orthogonal-recurrent", "chrono-initialization", "forget-gate-bias", "gated-cell", "lstm"),
+        ("GG401", None): ("chrono-initialization", "forget-gate-bias", "orthogonal-recurrent", "gated-cell", "lstm"),
         ("GG402", None): ("lower-learning-rate", "weight-decay", "qk-norm", "spectral-norm"),
         ("GG403", None): ("he-initialization", "lsuv", "layer-norm", "residual"),
         ("GG501", None): _RATE,
@@ -63,9 +63,15 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG505", None): ("lower-learning-rate", "clip-norm", "warm-up", "restore-checkpoint"),
         ("GG601", None): ("lower-clip-norm", "adaptive-clip"),
         ("GG602", None): ("raise-clip-norm", "adaptive-clip"),
-        ("GG701", Cause.WEIGHT_SCALE): ("small-query-key", "scale-attention", "qk-norm"),
-        ("GG701", None): ("lower-learning-rate", "warm-up", "small-query-key", "qk-norm", "sigma-reparam"),
-        ("GG702", None): ("lower-learning-rate", "warm-up", "qk-norm", "small-query-key", "sigma-reparam"),
+        ("GG701", Cause.WEIGHT_SCALE): (
+            "scale-query-key",
+            "scale-attention",
+            "query-key-initialization",
+            "xavier-initialization",
+            "qk-norm",
+        ),
+        ("GG701", None): ("lower-learning-rate", "warm-up", "scale-query-key", "qk-norm", "sigma-reparam"),
+        ("GG702", None): ("lower-learning-rate", "warm-up", "scale-query-key", "qk-norm", "sigma-reparam"),
         ("GG703", None): ("lower-beta2", "clip-norm"),
     }
 )

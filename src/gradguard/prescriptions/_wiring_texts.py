@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from gradguard.prescriptions._text import PASCANU, RemedyText
+from gradguard.prescriptions._text import PASCANU, RemedyText, call
 
 __all__ = ["WIRING"]
 
@@ -65,7 +65,10 @@ WIRING: Mapping[str, RemedyText] = MappingProxyType(
         ),
         "standardize-input": RemedyText(
             reason="Inputs of mean 0 and standard deviation 1 keep the first layers where their derivative is large.",
-            code="batch = (batch - batch.mean(0)) / batch.std(0).clamp_min(1e-6)  # better: by the whole data set",
+            code=call(
+                "standardize-input",
+                by_hand="batch = (batch - mean) / deviation, both of the whole data set, where data are loaded",
+            ),
             expected="First layers whose units are neither all off nor at the flat ends.",
             reference="LeCun, Bottou, Orr, Mueller (1998), Efficient BackProp, section 4.3",
         ),

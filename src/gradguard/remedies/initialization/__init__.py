@@ -8,6 +8,7 @@
 :func:`forget_gate_bias`        LSTM forget gates and GRU update gates that keep the state.
 :func:`chrono_initialize`       Gate biases spread over the time scales of a task.
 :func:`orthogonal_recurrent`    Orthogonal recurrent matrices, gate by gate.
+:func:`initialize_query_key`    Queries and keys of the usual size in attention.
 :func:`scale_query_key`         Queries and keys scaled down until attention logits are of usual size.
 :func:`stack_gain`              The weight gain that keeps the gradient over a stack of layers.
 :data:`REMEDIES`                The functions by remedy name.
@@ -27,6 +28,7 @@ Example:
     >>> _ = applied.undo()
 """
 
+from gradguard.remedies.initialization._attention import initialize_query_key
 from gradguard.remedies.initialization._gain import stack_gain
 from gradguard.remedies.initialization._lsuv import lsuv
 from gradguard.remedies.initialization._query_key import scale_query_key
@@ -44,6 +46,7 @@ __all__ = [
     "fixup",
     "forget_gate_bias",
     "initialize",
+    "initialize_query_key",
     "lsuv",
     "orthogonal_recurrent",
     "rezero",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from gradguard.monitors._describe import clean_name
 from gradguard.monitors._reduce import Readback
 from gradguard.monitors.attention import AttentionMonitor
 from gradguard.remedies._applied import Applied, Snapshot, tensor_names, transaction
+from gradguard.remedies.initialization._attention import query_key_blocks
 from gradguard.remedies.initialization._schemes import refuse_chosen
 from gradguard.remedies.initialization._targets import check_arguments, expand, finish
 from gradguard.remedies.initialization._trace import call
@@ -26,10 +27,6 @@ __all__ = ["scale_query_key"]
 
 _PASSES = 4
 """Forward passes at most: what a layer gets changes with the layers before it. Ours."""
-
-_QUERIES = frozenset({"q", "query", "queries", "q_proj", "query_proj", "to_q", "wq", "w_q", "q_lin", "lin_q"})
-_TORCH = ("in_proj_weight", "q_proj_weight", "k_proj_weight")
-_KEYS = frozenset({"k", "key", "keys", "k_proj", "key_proj", "to_k", "wk", "w_k", "k_lin", "lin_k"})
 
 
 def scale_query_key(
@@ -44,9 +41,8 @@ def scale_query_key(
     """Scale the weights of queries and keys down where attention logits are too large on a batch, in place.
 
     Logits go with the product of the two, so each is multiplied by the root of what the logits lack; biases alike. The
-    directions that were learnt stay. Found are the projections of ``nn.MultiheadAttention`` and Linear layers with
-    usual names (``query`` and ``key``, ``q_proj`` and ``k_proj``, ``to_q`` and ``to_k``, ...) in the module whose code
-    computes attention. One layer for queries, keys and values together is left alone: how it is split is not known.
+    directions that were learnt stay. Found are ``nn.MultiheadAttention`` and, in modules whose code computes attention,
+    Linear layers that are called query, key, q_proj, to_k, qkv and the like.
 
     Args:
         model: The model; it keeps its modules and parameters.
@@ -111,7 +107,7 @@ def scale_query_key(
             f"{name}: queries and keys scaled, largest logit {logit:.3g} to {now[name]:.3g}"
             for name, logit in first.items()
         ]
-        return finish(model, "small-query-key", snapshot, optimizers, changes, skipped, tensors)
+        return finish(model, "scale-query-key", snapshot, optimizers, changes, skipped, tensors)
 
 
 def _largest_logits(model: nn.Module, batch: Any, compute_loss: Callable[[Any, Any], Any] | None) -> dict[str, float]:
@@ -141,36 +137,28 @@ def _scale(module: nn.Module, factor: float, snapshot: Snapshot) -> str | None:
     """Scale queries and keys of one attention; return why that cannot be done, in which case nothing was."""
     if any(parametrize.is_parametrized(child) for child in module.modules()):
         return "its weights are parametrized"
-    parts = _of_torch(module) if isinstance(module, nn.MultiheadAttention) else _by_name(module)
+    parts = list(_parts(module))
     if not parts:
-        return "no layers of its own for queries and keys were found in it by their usual names"
+        return "no weights of queries and keys were found in it by their usual names"
     if not all(parameter.requires_grad for parameter, _ in parts):
         return "it is frozen (requires_grad is False)"
     snapshot.keep(parameter for parameter, _ in parts)
     with torch.no_grad():
         for parameter, rows in parts:
-            parameter[:rows].mul_(factor)
+            parameter[rows].mul_(factor)
     return None
 
 
-def _of_torch(attention: nn.MultiheadAttention) -> list[tuple[nn.Parameter, int]]:
-    """Return parameters that make queries and keys, and how many of their first rows do."""
-    rows = 2 * attention.embed_dim
-    weights = [attention.get_parameter(name) for name in _TORCH if attention._parameters.get(name) is not None]
-    found = [(weight, min(rows, len(weight))) for weight in weights]
-    bias = attention._parameters.get("in_proj_bias")
-    return found if bias is None else [*found, (bias, rows)]
-
-
-def _by_name(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    queries, keys = (
-        [
-            child
-            for name, child in module.named_modules()
-            if isinstance(child, nn.Linear) and name.rpartition(".")[2].lower() in usual
-        ]
-        for usual in (_QUERIES, _KEYS)
-    )
-    if not queries or not keys:
-        return []
-    return [(parameter, len(parameter)) for child in (*queries, *keys) for parameter in child.parameters()]
+def _parts(attention: nn.Module) -> Iterator[tuple[nn.Parameter, slice]]:
+    """Yield weights and biases that make queries and keys, each with its rows that do."""
+    for name, module in attention.named_modules():
+        blocks = list(query_key_blocks(name, module))
+        yield from ((block.weight, block.rows) for block in blocks)
+        if isinstance(module, nn.MultiheadAttention):
+            stacked = module._parameters.get("in_proj_bias")
+            if stacked is not None:
+                yield stacked, slice(0, 2 * module.embed_dim)
+        elif blocks:
+            bias = module._parameters.get("bias")
+            if bias is not None:
+                yield from ((bias, block.rows) for block in blocks)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from gradguard.remedies._applied import Applied
+from gradguard.remedies.initialization._attention import initialize_query_key
 from gradguard.remedies.initialization._lsuv import lsuv
 from gradguard.remedies.initialization._query_key import scale_query_key
 from gradguard.remedies.initialization._recurrent import chrono_initialize, forget_gate_bias, orthogonal_recurrent
@@ -60,8 +61,9 @@ REMEDIES: Mapping[str, Remedy] = MappingProxyType(
         "rezero": rezero,
         "forget-gate-bias": partial(_without_batch, forget_gate_bias),
         "chrono-initialization": partial(_without_batch, chrono_initialize),
-        "small-query-key": partial(_with_batch, scale_query_key),
+        "scale-query-key": partial(_with_batch, scale_query_key),
         "orthogonal-recurrent": partial(_without_batch, orthogonal_recurrent),
+        "query-key-initialization": partial(_without_batch, initialize_query_key),
     }
 )
 """Function by the name that a prescription carries in ``remedy``."""

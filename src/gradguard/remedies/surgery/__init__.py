@@ -5,6 +5,7 @@
 :func:`replace_activations`     Activations that do not saturate, or do not die.
 :func:`add_residual`            A path around each block.
 :func:`swap_recurrent`          LSTM or GRU in place of a plain RNN, with its interface.
+:func:`standardize_input`       Data of mean 0 and deviation 1 for the layers that read them.
 :func:`add_qk_norm`             Normalized queries and keys in multi-head attention.
 :func:`rename`                  Names of an old checkpoint to those of the changed model.
 :data:`REMEDIES`                The operations by remedy name.
@@ -34,12 +35,13 @@ Example:
 
 from gradguard.remedies.surgery._activations import ActivationName, replace_activations
 from gradguard.remedies.surgery._attention import add_qk_norm
+from gradguard.remedies.surgery._input import standardize_input
 from gradguard.remedies.surgery._norms import NormKind, Where, insert_norm
 from gradguard.remedies.surgery._recurrent import CellKind, swap_recurrent
 from gradguard.remedies.surgery._rename import rename
 from gradguard.remedies.surgery._residual import add_residual
 from gradguard.remedies.surgery._table import REMEDIES, Operation
-from gradguard.remedies.surgery.modules import BareLSTM, Normalized, QKNormAttention, Residual
+from gradguard.remedies.surgery.modules import BareLSTM, Normalized, QKNormAttention, Residual, Standardized
 
 __all__ = [
     "REMEDIES",
@@ -51,11 +53,13 @@ __all__ = [
     "Operation",
     "QKNormAttention",
     "Residual",
+    "Standardized",
     "Where",
     "add_qk_norm",
     "add_residual",
     "insert_norm",
     "rename",
     "replace_activations",
+    "standardize_input",
     "swap_recurrent",
 ]

@@ -32,6 +32,10 @@ _GROUPS, _GROUP_SIZE = 32, 16
 """Groups of a GroupNorm at most, and features in each at least. Source: Wu and He (2018), table 3: 32 groups and 16
 channels per group are the best of their kinds. Fewer features would leave little behind: two become -1 and 1."""
 
+_FEWEST_VALUES = 4
+"""Values that a norm is taken over at least, other than over the batch. Ours: taking out mean and scale leaves d - 2
+degrees of freedom of d values, which is nothing of two (they become -1 and 1: their order) and one of three."""
+
 _TITLES = {"layer": "LayerNorm", "batch": "BatchNorm", "group": "GroupNorm", "rms": "RMSNorm"}
 
 
@@ -62,7 +66,8 @@ def insert_norm(  # all are keywords with defaults
     ``rms``     RMSNorm over the features            RMSNorm over the channels at each position
     ==========  ===================================  ===================================================
 
-    GroupNorm has up to 32 groups of at least 16 features.
+    GroupNorm has up to 32 groups of at least 16 features. LayerNorm, GroupNorm and RMSNorm over fewer than 4 values are
+    refused: of d values they leave d - 2 degrees of freedom (RMSNorm d - 1), of two values little but their order.
 
     Before a sigmoid, whose outputs have a common mean, only BatchNorm helps: measured on digits with 20 sigmoid layers
     and Adam, 300 steps, accuracy 0.10 with no norm, and with LayerNorm, RMSNorm or GroupNorm before the activation;
@@ -130,6 +135,7 @@ def _plan(
             _why_not(found, layer, ran=raw in following, normalized=normalized, activation=activation, last=last)
             or reason
             or _misfit(found, layer, target, kind)
+            or _too_few(found, layer, target, kind)
         )
         if reason is not None:
             skipped[name] = reason
@@ -217,6 +223,20 @@ def _misfit(found: Survey, layer: nn.Module, target: nn.Module, kind: NormKind) 
                 'it. Pass a larger batch and train with larger ones, or use kind="layer" or "group"'
             )
     return None
+
+
+def _too_few(found: Survey, layer: nn.Module, target: nn.Module, kind: NormKind) -> str | None:
+    """Return why a norm over so few values is refused; positions of a convolution without a pass are not known."""
+    if kind == "batch":
+        return None
+    values = _features(layer) // (_groups(_features(layer)) if kind == "group" else 1)
+    if kind != "rms" and not isinstance(layer, nn.Linear):  # over positions too
+        shapes = [call.made_shape for call in found.calls_of(target) if call.made_shape]
+        values *= min((math.prod(shape[2:]) for shape in shapes), default=_FEWEST_VALUES)
+    if values >= _FEWEST_VALUES:
+        return None
+    count = "1 value" if values == 1 else f"{values} values"
+    return f"{_TITLES[kind]} over {count} would keep little but their order; BatchNorm keeps more"
 
 
 def _features(layer: nn.Module) -> int:

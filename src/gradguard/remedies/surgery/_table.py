@@ -10,6 +10,7 @@ from typing import TypeAlias
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.surgery._activations import replace_activations
 from gradguard.remedies.surgery._attention import add_qk_norm
+from gradguard.remedies.surgery._input import standardize_input
 from gradguard.remedies.surgery._norms import insert_norm
 from gradguard.remedies.surgery._recurrent import swap_recurrent
 from gradguard.remedies.surgery._residual import add_residual
@@ -25,6 +26,7 @@ REMEDIES: Mapping[str, tuple[str, Operation]] = MappingProxyType(
         "batch-norm": ("normalization", partial(insert_norm, kind="batch")),
         "group-norm": ("normalization", partial(insert_norm, kind="group")),
         "rms-norm": ("normalization", partial(insert_norm, kind="rms")),
+        "standardize-input": ("initialization", standardize_input),
         "qk-norm": ("normalization", add_qk_norm),
         "relu": ("activation", partial(replace_activations, to="relu", initialize_layers=True)),
         "leaky-relu": ("activation", partial(replace_activations, to="leaky-relu")),

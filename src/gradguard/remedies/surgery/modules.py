@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BareLSTM", "Normalized", "QKNormAttention", "Residual"]
+__all__ = ["BareLSTM", "Normalized", "QKNormAttention", "Residual", "Standardized"]
 
 
 class _Around(nn.Module):
@@ -80,6 +80,34 @@ class Normalized(_Around):
             normed = self.norm(output.movedim(1, -1))
             return normed.movedim(-1, 1)
         return self.norm(output)  # type: ignore[no-any-return]  # a module's result is Any to a type checker
+
+
+class Standardized(_Around):
+    """A layer that reads standardized data.
+
+    Attributes:
+        layer: The layer, whose parameters are now named ``layer.<name>``.
+        mean: Subtracted from the input, a buffer that broadcasts over examples (and positions).
+        deviation: What the input is divided by then, likewise.
+    """
+
+    def __init__(self, layer: nn.Module, mean: Tensor, deviation: Tensor) -> None:
+        """Standardize a layer's input.
+
+        Args:
+            layer: Any module whose first argument is one tensor.
+            mean: Mean per feature.
+            deviation: Standard deviation per feature, > 0.
+        """
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+        self.training = layer.training
+
+    def forward(self, data: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return ``layer((data - mean) / deviation)``."""
+        return self.layer((data - self.mean) / self.deviation, *args, **kwargs)
 
 
 class Residual(_Around):
