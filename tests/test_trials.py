@@ -195,6 +195,26 @@ def contest(
     return held
 
 
+def test_one_huge_loss_is_an_outlier_and_two_are_a_divergence() -> None:
+    """A batch with a wild target must not end the copy that clipping has saved."""
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    wild = [(x, (1e4 if step == 4 else 1.0) * x[:, :1]) for step in range(16)]
+    torch.manual_seed(0)
+
+    result = gradguard.trial(
+        nn.Linear(8, 1),
+        wild,
+        lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+        sgd(0.02),
+        candidates=["clip-norm"],
+        steps=16,
+    )
+
+    assert result.best is not None
+    assert result.best.remedy == "clip-norm"
+    assert result.control.loss > 100.0 * result.runs[0].loss
+
+
 @pytest.mark.parametrize(("lr", "recommended"), [(1e-9, True), (0.05, False)])
 def test_an_untreated_copy_that_learns_needs_no_cure_by_health_alone(
     monkeypatch: pytest.MonkeyPatch, lr: float, recommended: bool

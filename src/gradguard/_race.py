@@ -38,6 +38,9 @@ LAST = 8
 _BLOWN_UP = 100.0
 """Times the first loss of the untreated copy above which a copy has diverged, even where it is finite. Ours."""
 
+_IN_A_ROW = 2
+"""Losses in a row above that: one alone is an outlier in the data, which a good cure survives. Ours."""
+
 
 class Batches:
     """The first batches of an iterable, kept so that every copy gets the same; begins anew when they run out."""
@@ -151,7 +154,7 @@ class Race:
                 return
             self.steps_taken += 1
             lane.losses.append(value)
-            if not math.isfinite(value) or abs(value) > self.limit:
+            if not math.isfinite(value) or all(abs(loss) > self.limit for loss in lane.losses[-_IN_A_ROW:]):
                 lane.fault = "diverged"
 
     def _take_step(self, lane: Lane, step: int) -> float:
