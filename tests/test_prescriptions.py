@@ -42,7 +42,7 @@ def test_sigmoid_derivatives_call_for_normalization_or_another_activation() -> N
     """No initialization makes a sigmoid critical: it is not advised."""
     names = remedies(found("GG101", Cause.ACTIVATION_DERIVATIVE, activation="Sigmoid"))
 
-    assert names == ["batch-norm", "relu", "layer-norm", "residual"]
+    assert names == ["batch-norm", "relu", "layer-norm", "residual-batch-norm"]
 
 
 @pytest.mark.parametrize(("activation", "first"), [("ReLU", "he-initialization"), ("Tanh", "xavier-initialization")])

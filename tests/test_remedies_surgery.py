@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from gradguard.remedies.surgery import (
     Residual,
     Standardized,
     Where,
+    add_normalized_residual,
     add_residual,
     insert_norm,
     replace_activations,
@@ -381,3 +384,34 @@ def test_input_that_cannot_be_standardized_is_refused(
     with pytest.raises(error, match=words):
         standardize_input(model, batch=batch)
     assert str(model) == before
+
+
+def test_normalized_blocks_with_paths_let_a_stack_learn_that_neither_saves_alone() -> None:
+    """Sixteen ReLU layers of width 5 die one way or the other, unless both the units and the way past them live."""
+    x, y = circles()
+
+    def ends_at(operation: Any) -> float:
+        torch.manual_seed(0)
+        widths = [2, *[5] * 16]
+        layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+        model = nn.Sequential(*layers, nn.Linear(5, 2))
+        operation(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        loss = torch.tensor(math.inf)
+        for _ in range(150):
+            loss = nn.functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return float(loss.detach())
+
+    assert ends_at(lambda model: insert_norm(model, "layer")) > 0.65
+    assert ends_at(add_normalized_residual) < 0.6
+
+
+def circles() -> tuple[Tensor, Tensor]:
+    """Return points of two rings and which ring each is of."""
+    random = torch.Generator().manual_seed(0)
+    angle, ring = 6.3 * torch.rand(256, generator=random), torch.randint(0, 2, (256,), generator=random)
+    radius = 1.0 + ring
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1), ring

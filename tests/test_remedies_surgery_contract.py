@@ -17,6 +17,7 @@ from gradguard.remedies import Applied
 from gradguard.remedies.initialization import initialize
 from gradguard.remedies.surgery import (
     _activations,
+    add_normalized_residual,
     add_qk_norm,
     add_residual,
     insert_norm,
@@ -48,6 +49,7 @@ OPERATIONS: Mapping[str, tuple[Callable[..., Applied], dict[str, Any], tuple[str
     "leaky relu": (replace_activations, {"to": "leaky-relu"}, ("mlp", "conv")),
     "relu, drawn anew": (replace_activations, {"to": "relu", "initialize_layers": True}, tuple(MODELS)),
     "residual": (add_residual, {}, tuple(MODELS)),
+    "residual, batch norm": (add_normalized_residual, {}, ("mlp", "conv")),
     "residual, function kept": (add_residual, {"preserve": True}, tuple(MODELS)),
     "gru": (swap_recurrent, {"to": "gru"}, ("recurrent",)),
     "lstm": (swap_recurrent, {"to": "lstm"}, ("recurrent",)),

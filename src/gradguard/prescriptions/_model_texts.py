@@ -61,6 +61,12 @@ LAYERS: Mapping[str, RemedyText] = MappingProxyType(
             expected="The gradient at the first layer is of the size of that at the last, at any depth.",
             reference=RESNET,
         ),
+        "residual-batch-norm": RemedyText(
+            reason="A path around each block carries the gradient, and BatchNorm keeps the units behind it alive.",
+            code=call("residual-batch-norm", by_hand="x = x + activation(batch_norm(linear(x)))"),
+            expected="The gradient at the first layer is of the size of that at the last, at any depth.",
+            reference=RESNET,
+        ),
         "gated-cell": RemedyText(
             reason="The state of a GRU is kept by a gate, not multiplied by a matrix at every step.",
             code=call("gated-cell", by_hand="nn.GRU(...) in place of nn.RNN(...), update gate bias 1"),

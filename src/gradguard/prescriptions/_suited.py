@@ -89,7 +89,8 @@ def _paths(finding: Finding, layers: Sequence[LayerProfile]) -> dict[str, tuple[
         return {}
     scaled = "rezero" if any(row.role == "attention" for row in layers) else "skip-init"
     normalized = any(row.role == "norm" for row in layers)
-    return {"residual": (scaled,) if normalized else (scaled, "fixup")}
+    choices = (scaled,) if normalized else (scaled, "fixup")
+    return {"residual": choices, "residual-batch-norm": choices}
 
 
 def _attention(finding: Finding, layers: Sequence[LayerProfile]) -> dict[str, tuple[str, ...]]:

@@ -4,6 +4,7 @@
 :func:`insert_norm`             LayerNorm, BatchNorm, GroupNorm or RMSNorm before or after each hidden activation.
 :func:`replace_activations`     Activations that do not saturate, or do not die.
 :func:`add_residual`            A path around each block.
+:func:`add_normalized_residual` Both: BatchNorm before each hidden activation and a path around each block.
 :func:`swap_recurrent`          LSTM or GRU in place of a plain RNN, with its interface.
 :func:`standardize_input`       Data of mean 0 and deviation 1 for the layers that read them.
 :func:`add_qk_norm`             Normalized queries and keys in multi-head attention.
@@ -35,6 +36,7 @@ Example:
 
 from gradguard.remedies.surgery._activations import ActivationName, replace_activations
 from gradguard.remedies.surgery._attention import add_qk_norm
+from gradguard.remedies.surgery._deep import add_normalized_residual
 from gradguard.remedies.surgery._input import standardize_input
 from gradguard.remedies.surgery._norms import NormKind, Where, insert_norm
 from gradguard.remedies.surgery._recurrent import CellKind, swap_recurrent
@@ -55,6 +57,7 @@ __all__ = [
     "Residual",
     "Standardized",
     "Where",
+    "add_normalized_residual",
     "add_qk_norm",
     "add_residual",
     "insert_norm",

@@ -37,8 +37,8 @@ def chain(first: Applied, then: Callable[[], Applied]) -> Applied:
     return replace(
         first,
         changes=first.changes + second.changes,
-        changed=tuple(dict.fromkeys(first.changed + second.changed)),
+        changed=tuple(dict.fromkeys((*(second.names.get(name, name) for name in first.changed), *second.changed))),
         skipped={**first.skipped, **second.skipped},
-        names=first.names,
+        names={old: second.names.get(name, name) for old, name in first.names.items()},
         _snapshot=_Both([first, second]),
     )

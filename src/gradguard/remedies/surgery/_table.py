@@ -10,6 +10,7 @@ from typing import TypeAlias
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.surgery._activations import replace_activations
 from gradguard.remedies.surgery._attention import add_qk_norm
+from gradguard.remedies.surgery._deep import add_normalized_residual
 from gradguard.remedies.surgery._input import standardize_input
 from gradguard.remedies.surgery._norms import insert_norm
 from gradguard.remedies.surgery._recurrent import swap_recurrent
@@ -31,6 +32,7 @@ REMEDIES: Mapping[str, tuple[str, Operation]] = MappingProxyType(
         "relu": ("activation", partial(replace_activations, to="relu", initialize_layers=True)),
         "leaky-relu": ("activation", partial(replace_activations, to="leaky-relu")),
         "residual": ("residual", add_residual),
+        "residual-batch-norm": ("residual", add_normalized_residual),
         "gated-cell": ("cell", partial(swap_recurrent, to="gru")),
         "lstm": ("cell", partial(swap_recurrent, to="lstm")),
     }
