@@ -332,3 +332,19 @@ def test_parametrized_weights_are_left_alone() -> None:
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     assert not matrices(layer)
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_sharded_weights_are_gathered() -> None:
+    """A DTensor gives what the whole weight gives; every rank that holds a part of it has to ask."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        matrix = ginibre(40)
+        sharded = distribute_tensor(matrix, init_device_mesh("cpu", (1,)), [Shard(0)])
+        assert spectra.sigma_max(sharded).value == spectra.sigma_max(matrix).value
+        assert spectra.spectral_radius(sharded).value == spectra.spectral_radius(matrix).value
+    finally:
+        distributed.destroy_process_group()
