@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
-from gradguard.profiles import TimeProfile
+from gradguard.profiles import JacobianStretch, TimeProfile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -279,6 +279,7 @@ class Diagnosis:
         layers: Layers in execution order at the last observation.
         summary: The run in numbers.
         time_profiles: The gradient through time, by recurrent module.
+        jacobian: How far the Jacobian of the whole net stretches; ``None`` where that was not asked for.
     """
 
     findings: tuple[Finding, ...]
@@ -289,6 +290,7 @@ class Diagnosis:
     layers: tuple[LayerProfile, ...] = ()
     summary: RunSummary = field(default_factory=RunSummary)
     time_profiles: tuple[TimeProfile, ...] = ()
+    jacobian: JacobianStretch | None = None
 
     @property
     def primary(self) -> Finding | None:

@@ -16,6 +16,7 @@ __all__ = [
     "cost_items",
     "headline",
     "illnesses",
+    "jacobian_text",
     "others_below",
     "remarks",
     "result_items",
@@ -225,6 +226,26 @@ def result_items(summary: RunSummary) -> list[str]:
     elif summary.dead_fraction == 0.0:
         items.append("no inactive units" if check else "no dead units")
     return items
+
+
+def jacobian_text(diagnosis: Diagnosis) -> str:
+    """Return how far the Jacobian stretches, and what would be well; empty where it was not measured."""
+    found = diagnosis.jacobian
+    if found is None:
+        return ""
+    block = found.name or "the whole net"
+    start = "" if found.source == "the input" else f" from {found.source} on"
+    low = measured(found.smallest, 2) if found.smallest_certified else f"at most {measured(found.smallest, 2)}"
+    high = measured(found.largest, 2) if found.largest_certified else f"at least {measured(found.largest, 2)}"
+    text = f"Jacobian of {block}{start}: stretches from {low} to {high}"
+    if found.smallest_certified and found.largest_certified:
+        text += f" ({found.decades:.1f} decades)"
+    text += f", {'' if found.exact else 'about '}{measured(found.rms, 2)} in the root mean square"
+    judged = {
+        "isometric": "isometric (all between 0.5 and 2)",
+        "not isometric": "not isometric (all between 0.5 and 2), which is no fault by itself",
+    }
+    return f"{text}; {judged.get(found.isometry, 'whether that is isometric (all between 0.5 and 2) is not known')}"
 
 
 def cost_items(diagnosis: Diagnosis) -> list[str]:

@@ -18,6 +18,7 @@ from gradguard.report._printable import printable
 from gradguard.report._story import (
     cost_items,
     illnesses,
+    jacobian_text,
     others_below,
     remarks,
     result_items,
@@ -100,11 +101,12 @@ def _sections(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: b
     ending = [
         line for text in unobserved_texts(diagnosis) for line in hang(wrap(text, max(1, manner.width - 3)), " ", 3)
     ]
+    jacobian = hang(wrap(jacobian_text(diagnosis), max(1, manner.width - 3)), " ", 3)
     if healthy is False:
-        yield _indented(results, manner)
+        yield [*_indented(results, manner), *jacobian]
         yield notes
     else:
-        yield [*_indented([*results, *cost_items(diagnosis)], manner), *ending, *notes]
+        yield [*_indented([*results, *cost_items(diagnosis)], manner), *jacobian, *ending, *notes]
     yield _time(diagnosis, manner, width, ascii_only=ascii_only)
     if healthy is False or manner.show_all:
         yield _table(diagnosis, manner, width, ascii_only=ascii_only)
