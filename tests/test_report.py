@@ -874,6 +874,7 @@ def test_json_is_plain_and_versioned(make: Callable[[], Diagnosis]) -> None:
         "summary",
         "time_profiles",
         "jacobian",
+        "block_profile",
     }
 
 

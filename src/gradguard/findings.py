@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
-from gradguard.profiles import JacobianStretch, TimeProfile
+from gradguard.profiles import BlockProfile, JacobianStretch, TimeProfile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -279,6 +279,7 @@ class Diagnosis:
         layers: Layers in execution order at the last observation.
         summary: The run in numbers.
         time_profiles: The gradient through time, by recurrent module.
+        block_profile: Of a Transformer, the gradient of its feed-forward weights over its blocks; else ``None``.
         jacobian: How far the Jacobian of the whole net stretches; ``None`` where that was not asked for.
     """
 
@@ -290,6 +291,7 @@ class Diagnosis:
     layers: tuple[LayerProfile, ...] = ()
     summary: RunSummary = field(default_factory=RunSummary)
     time_profiles: tuple[TimeProfile, ...] = ()
+    block_profile: BlockProfile | None = None
     jacobian: JacobianStretch | None = None
 
     @property

@@ -12,6 +12,7 @@ __all__ = [
     "SHOW_ALL",
     "Illness",
     "because",
+    "block_text",
     "consequence_text",
     "cost_items",
     "headline",
@@ -226,6 +227,27 @@ def result_items(summary: RunSummary) -> list[str]:
     elif summary.dead_fraction == 0.0:
         items.append("no inactive units" if check else "no dead units")
     return items
+
+
+def block_text(diagnosis: Diagnosis, *, show_all: bool) -> str:
+    """Return where a Transformer has its norms, and what its feed-forward gradients do; empty for others.
+
+    It is no illness: a healthy run is told on request only.
+    """
+    found = diagnosis.block_profile
+    if found is None or not (show_all or diagnosis.healthy is False):
+        return ""
+    where = "before" if found.placement == "pre-LN" else "after"
+    usual = {
+        "pre-LN": "usual for pre-LN: even, or smaller near the output",
+        "post-LN": "usual for post-LN: larger near the output, which is why it needs a warmup",
+    }
+    first, last = (measured(found.ffn_grad_norm[at], 2) for at in (0, -1))
+    return (
+        f"{len(found.blocks)} Transformer blocks, {found.placement} (norms {where} the residual additions): feed-forward "
+        f"gradient {first} in the first and {last} in the last at step {found.step}, a factor of "
+        f"{measured(found.growth, 2)} by trend ({usual[found.placement]})"
+    )
 
 
 def jacobian_text(diagnosis: Diagnosis) -> str:

@@ -16,6 +16,7 @@ from gradguard.report._findings import Manner, illness_lines, remark_lines
 from gradguard.report._lines import flow, hang, join, wrap
 from gradguard.report._printable import printable
 from gradguard.report._story import (
+    block_text,
     cost_items,
     illnesses,
     jacobian_text,
@@ -101,12 +102,16 @@ def _sections(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: b
     ending = [
         line for text in unobserved_texts(diagnosis) for line in hang(wrap(text, max(1, manner.width - 3)), " ", 3)
     ]
-    jacobian = hang(wrap(jacobian_text(diagnosis), max(1, manner.width - 3)), " ", 3)
+    structure = [
+        line
+        for text in (block_text(diagnosis, show_all=manner.show_all), jacobian_text(diagnosis))
+        for line in hang(wrap(text, max(1, manner.width - 3)), " ", 3)
+    ]
     if healthy is False:
-        yield [*_indented(results, manner), *jacobian]
+        yield [*_indented(results, manner), *structure]
         yield notes
     else:
-        yield [*_indented([*results, *cost_items(diagnosis)], manner), *jacobian, *ending, *notes]
+        yield [*_indented([*results, *cost_items(diagnosis)], manner), *structure, *ending, *notes]
     yield _time(diagnosis, manner, width, ascii_only=ascii_only)
     if healthy is False or manner.show_all:
         yield _table(diagnosis, manner, width, ascii_only=ascii_only)

@@ -28,6 +28,7 @@ from gradguard.report._story import (
     SHOW_ALL,
     Illness,
     because,
+    block_text,
     consequence_text,
     cost_items,
     headline,
@@ -99,6 +100,7 @@ def _parts(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
     results = result_items(summary) if diagnosis.observations else []
     costs = cost_items(diagnosis)
     yield _paragraph(" · ".join(results))
+    yield _paragraph(block_text(diagnosis, show_all=show_all))
     yield _paragraph(jacobian_text(diagnosis))
     for finding in remarks(diagnosis):
         yield f'<p style="margin:4px 0">{_head(finding, diagnosis)}<br>{_text(finding.message)}</p>'
