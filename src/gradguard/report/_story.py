@@ -244,8 +244,8 @@ def block_text(diagnosis: Diagnosis, *, show_all: bool) -> str:
     }
     first, last = (measured(found.ffn_grad_norm[at], 2) for at in (0, -1))
     return (
-        f"{len(found.blocks)} Transformer blocks, {found.placement} (norms {where} the residual additions): feed-forward "
-        f"gradient {first} in the first and {last} in the last at step {found.step}, a factor of "
+        f"{len(found.blocks)} Transformer blocks, {found.placement} (norms {where} the residual additions): "
+        f"feed-forward gradient {first} in the first and {last} in the last at step {found.step}, a factor of "
         f"{measured(found.growth, 2)} by trend ({usual[found.placement]})"
     )
 
