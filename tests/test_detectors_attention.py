@@ -182,10 +182,16 @@ def test_both_findings_have_cures_that_run() -> None:
     diagnosis = gradguard.check(model, batch, classification_loss)
     (finding,) = [f for f in diagnosis.findings if f.code == "GG701"]
     names = [p.remedy for p in finding.prescriptions]
-    assert names == ["scale-attention", "query-key-initialization", "xavier-initialization", "qk-norm"]
+    assert names == [
+        "scale-query-key",
+        "scale-attention",
+        "query-key-initialization",
+        "xavier-initialization",
+        "qk-norm",
+    ]
     optimizer = torch.optim.Adam(model.parameters())
     names_in_loop = {"gradguard": gradguard, "model": model, "optimizer": optimizer}
-    exec(finding.prescriptions[1].code, names_in_loop)  # noqa: S102  # what the report tells readers to paste
+    exec(finding.prescriptions[2].code, names_in_loop)  # noqa: S102  # what the report tells readers to paste
 
     assert "GG701" not in {f.code for f in gradguard.check(model, batch, classification_loss).findings}
 

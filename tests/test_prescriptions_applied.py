@@ -188,6 +188,7 @@ SEQUENCE = (
     "lstm",
     "qk-norm",
     "query-key-initialization",
+    "scale-query-key",
 )
 
 
@@ -201,8 +202,8 @@ def suitable(remedy: str) -> tuple[nn.Module, torch.Tensor]:
         return Reader(nn.RNN), torch.randn(shape)
     if remedy in {"forget-gate-bias", "chrono-initialization"}:
         return Reader(nn.LSTM), torch.randn(shape)
-    if remedy in {"qk-norm", "query-key-initialization"}:
-        return Attending(), torch.randn(shape)
+    if remedy in {"qk-norm", "query-key-initialization", "scale-query-key"}:
+        return Attending(), torch.randn(shape) * (100.0 if remedy == "scale-query-key" else 1.0)
     if remedy in {"delta-orthogonal-initialization", "group-norm"}:
         return images(), torch.randn(8, 2, 6, 6)
     activation = {"relu": nn.Sigmoid, "xavier-initialization": nn.Tanh, "lecun-initialization": nn.SELU}

@@ -53,6 +53,25 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(self.gru(x.view(-1, 8, 8))[0])[0][:, -1])
 
 
+class Attention(nn.Module):
+    """Two attentions with logits far too large, of which the second is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.second = nn.MultiheadAttention(8, 2, batch_first=True).requires_grad_(requires_grad=False)
+        self.head = nn.Linear(8, 10)
+        for attention in (self.first, self.second):
+            with torch.no_grad():
+                attention.in_proj_weight[:16].mul_(100.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 8, 8)
+        x = x + self.first(x, x, x)[0]
+        x = x + self.second(x, x, x)[0]
+        return self.head(x.mean(1))
+
+
 def convolutions() -> nn.Module:
     """Return a small CNN."""
     return nn.Sequential(
@@ -90,6 +109,7 @@ CASES: Mapping[str, tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = 
     "rezero": (residual, {}, set()),
     "forget-gate-bias": (Recurrent, {"value": 2.0}, {"gru", "lstm"}),
     "chrono-initialization": (Recurrent, {"max_time": 8, "generator": 0}, {"gru", "lstm"}),
+    "scale-query-key": (Attention, {}, {"first"}),
     "orthogonal-recurrent": (Recurrent, {"generator": 0}, {"gru", "lstm"}),
     "query-key-initialization": (Attentive, {"generator": 0}, {"attention", "query"}),
 }

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +24,9 @@ from gradguard._plan import SHARE, make_plan
 from gradguard._race import Batches, Lane, Race, checked_optimizer, paired_gain
 from gradguard._untouched import cuda_devices
 from gradguard.errors import UnsupportedModelError
-from gradguard.findings import Prescription
+from gradguard.findings import Prescription, Severity
 from gradguard.outcomes import TrialResult
+from gradguard.preflight import check
 from gradguard.remedies import Applied, catalogue
 from gradguard.remedies.catalogue import Remedy, Target
 from tests.models import classification_loss, digit_batch, mlp
@@ -110,6 +112,45 @@ def test_nothing_is_recommended_where_nothing_helps() -> None:
     assert result.note == "Nothing that was tried helps."
 
 
+class Recalls(nn.Module):
+    """A GRU that must name the first of many symbols."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 24, batch_first=True)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, shape ``[batch, 4]``."""
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def recalled(length: int) -> list[tuple[Tensor, Tensor]]:
+    """Return batches of one-hot sequences whose first symbol is the class."""
+    random = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(0, 4, (32, length), generator=random) for _ in range(8)]
+    return [(nn.functional.one_hot(each, 4).float(), each[:, 0]) for each in drawn]
+
+
+def test_where_no_loss_moves_yet_the_cure_after_which_the_illness_is_gone_is_recommended() -> None:
+    """Remembering over 60 steps takes hundreds of updates, and the gates are what stands in the way."""
+    torch.manual_seed(0)
+    model, data = Recalls(), recalled(60)
+    ill = check(model, data[0], classification_loss)
+    finding = replace(ill.findings[0], severity=Severity.WARNING)
+
+    result = gradguard.trial(
+        model, data, classification_loss, adam, diagnosis=replace(ill, findings=(finding,)), steps=16
+    )
+
+    assert finding.code == "GG111"
+    assert result.best is not None
+    assert result.best.remedy == "chrono-initialization"
+    assert result.runs[0].outcome == "best"
+    assert result.runs[0].healthy is True
+    assert "no longer finds what is wrong" in result.note
+
+
 # --------------------------------------------------------------------------------------------------------- the contest
 
 
@@ -130,11 +171,17 @@ def broken(_: Target) -> Applied:
     raise UnsupportedModelError("this model has no place for it")
 
 
-def contest(entrants: list[tuple[str, int, Callable[[Target], Applied]]], *, lr: float = 1e-6) -> Contest:
+def contest(
+    entrants: list[tuple[str, int, Callable[[Target], Applied]]], *, lr: float = 1e-6, illness: str = ""
+) -> Contest:
     """Run remedies of the test's own against each other."""
     model = net(init="he")
     held = Contest(
-        model, Race(Batches(batches(), 40), classification_loss, base_seed=0), sgd(lr), plan=make_plan(3, steps=20)
+        model,
+        Race(Batches(batches(), 40), classification_loss, base_seed=0),
+        sgd(lr),
+        plan=make_plan(3, steps=20),
+        illness=illness,
     )
     held.run(
         [
@@ -146,6 +193,29 @@ def contest(entrants: list[tuple[str, int, Callable[[Target], Applied]]], *, lr:
         ]
     )
     return held
+
+
+@pytest.mark.parametrize(("lr", "recommended"), [(1e-9, True), (0.05, False)])
+def test_an_untreated_copy_that_learns_needs_no_cure_by_health_alone(
+    monkeypatch: pytest.MonkeyPatch, lr: float, recommended: bool
+) -> None:
+    """What a check finds before the first step counts only where no loss moves: who learns outgrows it."""
+    begun = net(init="he").state_dict()["0.weight"]
+
+    def found(_self: Contest, model: nn.Module) -> set[str]:
+        untrained = bool(torch.allclose(model.get_parameter("0.weight"), begun, atol=1e-4))
+        return {"GG101"} if untrained and not hasattr(model, "treated") else set()
+
+    monkeypatch.setattr(Contest, "_found", found)
+
+    def treat(target: Target) -> Applied:
+        target.model.treated = True  # type: ignore[assignment]
+        return Applied(model=target.model, remedy="test", changes=(), changed=())
+
+    held = contest([("mends", 0, treat)], lr=lr, illness="GG101")
+
+    assert (held.best() is not None) is recommended
+    assert held.goes_by_health is recommended
 
 
 def test_of_cures_that_do_the_same_the_least_invasive_is_recommended() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from gradguard._plan import Plan
 from gradguard._race import Lane, Race, check_memory, checked_optimizer, copy_of, paired_gain
+from gradguard._rates import search_rate
 from gradguard._untouched import cuda_devices
 from gradguard.errors import GradGuardError
 from gradguard.findings import Effect, Prescription, Severity
@@ -45,9 +46,6 @@ _OUTLOOK = 2.0
 
 _RATE_STEPS = 6
 """Steps for which a learning rate is tried in the search by decades. Ours: a rate that is too high shows in three."""
-
-_RATE_DECADES = 8
-"""Decades searched at most. Ours: a rate of 1e-8 that should be 1 is the worst of the clinic."""
 
 _SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
 """Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
@@ -118,6 +116,7 @@ class Contest:
         self._progress = progress
         self._control: list[Lane] = []
         self._entrants: list[Entrant] = []
+        self._mender: Entrant | None = None
         self.interrupted = False
 
     @property
@@ -225,28 +224,16 @@ class Contest:
             self._drop(entrant, "not possible", str(error).splitlines()[0] if str(error) else type(error).__name__)
 
     def _search_rate(self, entrant: Entrant) -> None:
-        """Find the factor by decades, then between them, each tried for a few steps on a copy."""
-        up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0
-        results: dict[float, float] = {}
+        """Find the factor, each one tried for a few steps on a copy."""
 
         def attempt(factor: float) -> float:
             entrant.prescription = with_factor(entrant.prescription, factor)
             lane = self._treated(entrant, 0)
             self._advance(lane, _RATE_STEPS)
-            results[factor] = math.inf if lane.fault else lane.losses[-1]
-            return results[factor]
+            return math.inf if lane.fault else lane.losses[-1]
 
-        worse = 0
-        for decade in range(1, _RATE_DECADES + 1):
-            best = min(results.values(), default=math.inf)
-            worse = 0 if attempt(10.0 ** (decade if up else -decade)) < best else worse + 1
-            if worse == 2:
-                break
-        best_factor = min(results, key=lambda factor: results[factor])
-        for factor in (best_factor / math.sqrt(10.0), best_factor * math.sqrt(10.0)):
-            attempt(factor)
-        best_factor = min(results, key=lambda factor: results[factor])
-        entrant.prescription = with_factor(entrant.prescription, best_factor)
+        up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0
+        entrant.prescription = with_factor(entrant.prescription, search_rate(attempt, up=up))
 
     def _screen(self) -> None:
         """Drop cures that leave before the first step what a check sees in the untreated model."""
@@ -263,11 +250,16 @@ class Contest:
             self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness}")
 
     def _found(self, model: nn.Module) -> set[str]:
+        """Return the codes of what a check warns of, and of the illness itself however mild it looks there."""
         try:
             diagnosis = check(model, self._batch, self._compute_loss)
         except _FAILURES:
             return set()
-        return {item.code for item in diagnosis.findings if item.standing and item.severity >= Severity.WARNING}
+        return {
+            item.code
+            for item in diagnosis.findings
+            if item.standing and (item.severity >= Severity.WARNING or item.code == self._illness)
+        }
 
     def _repeat(self, seed: int) -> None:
         """Run the untreated copy and the finalists again under another seed."""
@@ -289,6 +281,38 @@ class Contest:
             return
         for entrant in self._running():
             entrant.healthy = self._illness not in self._found(entrant.lanes[0].model)
+        if not any(self._helps(entrant) for entrant in self._finished()):
+            self._mender = self._first_that_mends()
+
+    def _first_that_mends(self) -> Entrant | None:
+        """Return the first cure after which a check no longer finds the illness, where no loss tells.
+
+        Some runs learn nothing for hundreds of steps even when they are healthy, others lose little by little: no trial
+        is long enough for their loss. What a check sees of the illness in the untreated copy, and not in the treated
+        one, is then all there is to go by. In an untreated copy that learns it must still be there at the end.
+        """
+        control = self._control[0]
+        before, after = control.halves(self._plan.length)
+        found = self._found(control.model)
+        if before - after <= _NOTICEABLE * abs(before):
+            found |= self._found(copy_of(self._model))
+        if self._illness not in found:
+            return None
+        for entrant in self._entrants:
+            if not entrant.lanes or entrant.lanes[0].fault or not entrant.lanes[0].losses:
+                continue
+            last = len(entrant.lanes[0].losses)
+            worse = entrant.lanes[0].halves(last)[1] - control.halves(last)[1]
+            left = self._found(entrant.lanes[0].model)
+            if self._illness not in left and left <= found and not worse > 0.5 * _NOTICEABLE * abs(after):
+                entrant.healthy = True
+                return entrant
+        return None
+
+    @property
+    def goes_by_health(self) -> bool:
+        """Whether what is recommended lowers no loss within the trial, and is chosen for what a check finds."""
+        return self._mender is not None
 
     def _gain(self, entrant: Entrant) -> tuple[float, float]:
         seeds = min(len(entrant.lanes), len(self._control))
@@ -321,7 +345,8 @@ class Contest:
         finished = self._finished()
         gains = [(entrant, self._gain(entrant)[0]) for entrant in finished if self._helps(entrant)]
         if not gains:
-            return None, finished
+            first = [] if self._mender is None else [self._mender]
+            return self._mender, [*first, *(entrant for entrant in finished if entrant is not self._mender)]
         most = max(gain for _, gain in gains)
         near = [entrant for entrant, gain in gains if gain >= _NEAR_BEST * most or math.isinf(most)]
         winner = min(near, key=lambda entrant: (entrant.remedy.level, entrant.result))

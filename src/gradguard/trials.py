@@ -68,7 +68,9 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         progress: Called with a line of text when something was measured.
 
     Returns:
-        The ranking. Nothing is recommended where nothing is wrong, or where nothing helps by more than chance.
+        The ranking. Nothing is recommended where nothing is wrong, or where nothing helps by more than chance. Where
+        the loss tells no difference, the first cure is recommended after which a check no longer finds what it finds in
+        the untreated copy, and ``note`` says so.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -124,7 +126,18 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         cost_steps=contest.steps_taken,
         run_steps=run_steps or 0,
         interrupted=contest.interrupted,
-        note="" if best is not None else "Nothing that was tried helps.",
+        note=_note(contest, best),
+    )
+
+
+def _note(contest: Contest, best: Prescription | None) -> str:
+    if best is None:
+        return "Nothing that was tried helps."
+    if not contest.goes_by_health:
+        return ""
+    return (
+        f"No cure lowers the loss within so few steps. {best.remedy} is the first one after which a check no longer "
+        "finds what is wrong: give it a longer trial, or a run."
     )
 
 

@@ -64,13 +64,14 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG601", None): ("lower-clip-norm", "adaptive-clip"),
         ("GG602", None): ("raise-clip-norm", "adaptive-clip"),
         ("GG701", Cause.WEIGHT_SCALE): (
+            "scale-query-key",
             "scale-attention",
             "query-key-initialization",
             "xavier-initialization",
             "qk-norm",
         ),
-        ("GG701", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
-        ("GG702", None): ("lower-learning-rate", "warm-up", "qk-norm", "sigma-reparam"),
+        ("GG701", None): ("lower-learning-rate", "warm-up", "scale-query-key", "qk-norm", "sigma-reparam"),
+        ("GG702", None): ("lower-learning-rate", "warm-up", "scale-query-key", "qk-norm", "sigma-reparam"),
         ("GG703", None): ("lower-beta2", "clip-norm"),
     }
 )

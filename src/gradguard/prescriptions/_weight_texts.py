@@ -105,6 +105,12 @@ WEIGHTS: Mapping[str, RemedyText] = MappingProxyType(
             expected="An LSTM of 32 units over 60 steps: 1 decade is lost instead of 12.",
             reference="Tallec, Ollivier (2018), Can recurrent neural networks warp time?, ICLR, arXiv 1804.11188",
         ),
+        "scale-query-key": RemedyText(
+            reason="Logits go with the product of two weights: each takes half of what makes them too large.",
+            code=call("scale-query-key"),
+            expected="A largest logit of about 5, and an entropy near that of looking at every key alike.",
+            reference="Kimi Team (2025), Kimi K2, section 2.1 (QK-Clip), arXiv 2507.20534",
+        ),
         "query-key-initialization": RemedyText(
             reason="Logits go with the product of two weights: usual ones start with attention spread over all keys.",
             code=call("query-key-initialization", batch=False),

@@ -9,6 +9,7 @@
 :func:`chrono_initialize`       Gate biases spread over the time scales of a task.
 :func:`orthogonal_recurrent`    Orthogonal recurrent matrices, gate by gate.
 :func:`initialize_query_key`    Queries and keys of the usual size in attention.
+:func:`scale_query_key`         Queries and keys scaled down until attention logits are of usual size.
 :func:`stack_gain`              The weight gain that keeps the gradient over a stack of layers.
 :data:`REMEDIES`                The functions by remedy name.
 ==============================  ===================================================================================
@@ -30,6 +31,7 @@ Example:
 from gradguard.remedies.initialization._attention import initialize_query_key
 from gradguard.remedies.initialization._gain import stack_gain
 from gradguard.remedies.initialization._lsuv import lsuv
+from gradguard.remedies.initialization._query_key import scale_query_key
 from gradguard.remedies.initialization._recurrent import chrono_initialize, forget_gate_bias, orthogonal_recurrent
 from gradguard.remedies.initialization._residual import ScaledBranch, fixup, rezero, skip_init
 from gradguard.remedies.initialization._schemes import Scheme, initialize
@@ -48,6 +50,7 @@ __all__ = [
     "lsuv",
     "orthogonal_recurrent",
     "rezero",
+    "scale_query_key",
     "skip_init",
     "stack_gain",
 ]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["initialize_query_key"]
+__all__ = ["initialize_query_key", "query_key_blocks"]
 
 _NAMED = re.compile(r"(?:^|_)(?:q|k|query|key|queries|keys)(?:_?proj(?:ection)?|_?linear)?$|^(?:wq|wk|to_q|to_k)$")
 """Names of Linear layers that make queries or keys, as in torch, transformers, timm and hand-written code."""
@@ -84,7 +84,7 @@ def initialize_query_key(
     for raw, module in model.named_modules():
         if chosen is not None and id(module) not in chosen:
             continue
-        for block in _blocks(clean_name(raw), module):
+        for block in query_key_blocks(clean_name(raw), module):
             reason = _why_not(module, block, blocks)
             if reason:
                 skipped[block.name] = reason
@@ -109,7 +109,7 @@ def initialize_query_key(
         return finish(model, "query-key-initialization", snapshot, optimizers, changes, skipped, before)
 
 
-def _blocks(name: str, module: nn.Module) -> Iterator[_Block]:
+def query_key_blocks(name: str, module: nn.Module) -> Iterator[_Block]:
     """Yield the parts of a module's own weights that make queries or keys."""
     if isinstance(module, nn.MultiheadAttention):
         width = module.embed_dim

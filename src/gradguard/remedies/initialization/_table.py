@@ -12,6 +12,7 @@ from torch import nn
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.initialization._attention import initialize_query_key
 from gradguard.remedies.initialization._lsuv import lsuv
+from gradguard.remedies.initialization._query_key import scale_query_key
 from gradguard.remedies.initialization._recurrent import chrono_initialize, forget_gate_bias, orthogonal_recurrent
 from gradguard.remedies.initialization._residual import fixup, rezero, skip_init
 from gradguard.remedies.initialization._schemes import initialize
@@ -60,6 +61,7 @@ REMEDIES: Mapping[str, Remedy] = MappingProxyType(
         "rezero": rezero,
         "forget-gate-bias": partial(_without_batch, forget_gate_bias),
         "chrono-initialization": partial(_without_batch, chrono_initialize),
+        "scale-query-key": partial(_with_batch, scale_query_key),
         "orthogonal-recurrent": partial(_without_batch, orthogonal_recurrent),
         "query-key-initialization": partial(_without_batch, initialize_query_key),
     }
