@@ -181,6 +181,22 @@ def test_a_deep_linear_orthogonal_net_is_isometric(width: int) -> None:
     assert found.decades == pytest.approx(0.0, abs=1e-5)
 
 
+def test_orthogonal_tanh_nets_can_be_isometric_and_relu_nets_cannot() -> None:
+    """At small inputs tanh is linear; ReLU cuts off half of the directions at each layer, whatever the weights."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 64)
+    layers = list(orthogonal(50, 64))
+    tanh = stretch(sequential(*(m for layer in layers for m in (layer, nn.Tanh()))), 0.01 * x)
+    with torch.no_grad():
+        for layer in layers:
+            torch.as_tensor(layer.weight).mul_(math.sqrt(2.0))
+    relu = stretch(sequential(*(m for layer in layers for m in (layer, nn.ReLU()))), x)
+
+    assert tanh.isometry == "isometric"
+    assert relu.isometry == "not isometric"
+    assert relu.decades > 10.0
+
+
 def test_a_sigmoid_net_shrinks_by_more_decades_than_float32_has() -> None:
     """Fifteen decades below 1 the values are still right, for the copy is computed in float64."""
     torch.manual_seed(0)
