@@ -22,7 +22,7 @@ from gradguard.findings import (
     Severity,
     Unobserved,
 )
-from gradguard.profiles import TimeProfile
+from gradguard.profiles import JacobianStretch, TimeProfile
 
 NAN = math.nan
 
@@ -229,6 +229,29 @@ def check_healthy() -> Diagnosis:
         layers=stack(3, gain=0.92),
         summary=RunSummary(kind="check", batches=1, layer_count=3, grad_norm_median=1.25, dead_fraction=0.0),
     )
+
+
+STRETCH = JacobianStretch(
+    source="the output of embed",
+    inputs=4096,
+    outputs=640,
+    largest=0.21,
+    smallest=2.3e-9,
+    rms=0.034,
+    largest_certified=True,
+    smallest_certified=True,
+    residual=1e-14,
+    noise=1e-14,
+    iterations=10,
+    exact=True,
+    method="torch.func",
+    isometry="not isometric",
+)
+
+
+def check_deep() -> Diagnosis:
+    """Return a deep check that finds nothing, with the Jacobian of a net that reads tokens."""
+    return replace(check_healthy(), jacobian=STRETCH)
 
 
 def three_layers() -> Diagnosis:
@@ -493,6 +516,7 @@ ALL = (
     no_verdict,
     check,
     check_healthy,
+    check_deep,
     three_layers,
     deep,
     nan_forward,
@@ -641,4 +665,23 @@ diagnoses = st.builds(
     layers=st.lists(layers, max_size=40).map(tuple),
     summary=summaries,
     time_profiles=st.lists(_time_profiles(), max_size=5).map(tuple),
+    jacobian=st.none()
+    | st.builds(
+        JacobianStretch,
+        name=names,
+        source=sentences,
+        inputs=st.integers(min_value=1),
+        outputs=st.integers(min_value=1),
+        largest=sizes,
+        smallest=sizes,
+        rms=sizes,
+        largest_certified=st.booleans(),
+        smallest_certified=st.booleans(),
+        residual=sizes,
+        noise=sizes,
+        iterations=st.integers(min_value=1),
+        exact=st.booleans(),
+        method=st.just("torch.func"),
+        isometry=st.sampled_from(["isometric", "not isometric", "unknown"]),
+    ),
 )

@@ -18,6 +18,7 @@ FRAMEWORKS = "Only integrations import training frameworks"
 TORCH_FREE = {
     "actions",
     "cli",
+    "columns",
     "config",
     "detectors",
     "diagnosis",

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import gradguard
 from gradguard.errors import GradientsUnavailableError, UnsupportedModelError
 from gradguard.findings import to_plain
 from gradguard.jacobian import JacobianStretch, _probe, stretch
@@ -177,6 +179,22 @@ def test_a_deep_linear_orthogonal_net_is_isometric(width: int) -> None:
     assert found.smallest_certified
     assert found.isometry == "isometric"
     assert found.decades == pytest.approx(0.0, abs=1e-5)
+
+
+def test_orthogonal_tanh_nets_can_be_isometric_and_relu_nets_cannot() -> None:
+    """At small inputs tanh is linear; ReLU cuts off half of the directions at each layer, whatever the weights."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 64)
+    layers = list(orthogonal(50, 64))
+    tanh = stretch(sequential(*(m for layer in layers for m in (layer, nn.Tanh()))), 0.01 * x)
+    with torch.no_grad():
+        for layer in layers:
+            torch.as_tensor(layer.weight).mul_(math.sqrt(2.0))
+    relu = stretch(sequential(*(m for layer in layers for m in (layer, nn.ReLU()))), x)
+
+    assert tanh.isometry == "isometric"
+    assert relu.isometry == "not isometric"
+    assert relu.decades > 10.0
 
 
 def test_a_sigmoid_net_shrinks_by_more_decades_than_float32_has() -> None:
@@ -635,3 +653,53 @@ def test_a_null_space_is_found() -> None:
 
     assert found.largest == pytest.approx(3.0)
     assert found.smallest <= 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------ in a deep check
+
+
+def test_a_deep_check_measures_the_jacobian_of_the_whole_net() -> None:
+    """It is that of the arguments with which the loss function calls the model; the rest of the check stays."""
+    model, x = made("mlp")
+    plain = gradguard.check(model, x, lambda m, batch: m(2.0 * batch).square().mean())
+    deep = gradguard.check(model, x, lambda m, batch: m(2.0 * batch).square().mean(), deep=True)
+
+    assert plain.jacobian is None
+    assert plain.to_dict()["jacobian"] is None
+    assert deep.jacobian == stretch(model, 2.0 * x)
+    cleared = replace(deep, jacobian=None, summary=replace(deep.summary, overhead_s=plain.summary.overhead_s))
+    assert cleared.to_json() == plain.to_json()
+    assert deep.to_dict()["jacobian"]["largest"] == deep.jacobian.largest
+
+
+def test_a_deep_check_leaves_no_trace() -> None:
+    """Values, modes, hooks and random states are as after a check, also where the probe fails."""
+    torch.manual_seed(0)
+    model, x = Everything(), torch.randn(6, 4)
+    model(x).sum().backward()
+    before = state_of(model)
+    gradguard.check(model, x, lambda m, batch: m(batch).square().mean(), deep=True)
+    after = state_of(model)
+
+    for changed in ("calls", "kept"):  # what a module does to itself in a forward pass is beyond reach, as in a check
+        before.pop(changed)
+        after.pop(changed)
+    assert after == before
+
+
+def test_a_deep_check_says_what_it_could_not_measure() -> None:
+    """A model that cannot be probed has a diagnosis all the same, with a note."""
+
+    class Stubborn(nn.Linear):
+        def __deepcopy__(self, memo: object) -> Stubborn:
+            raise TypeError("one of a kind")
+
+    torch.manual_seed(0)
+    found = gradguard.check(Stubborn(3, 2), torch.randn(4, 3), lambda m, x: m(x).square().mean(), deep=True)
+
+    assert found.jacobian is None
+    assert found.healthy is True
+    assert [note.what for note in found.unobserved] == ["the Jacobian of the whole net"]
+    assert "one of a kind" in found.unobserved[0].why
+    unused = gradguard.check(Stubborn(3, 2), None, lambda m, _: m.weight.square().sum(), deep=True)
+    assert "cannot be copied" in unused.unobserved[-1].why

@@ -663,6 +663,26 @@ def test_healthy_reports_give_the_numbers_of_the_run() -> None:
     assert text.count("14 observed") == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "from the output of embed on: stretches from 2.3e-9 to 0.21 (8.0 decades), 0.034 in the root mean square"),
+        ({"source": "the input", "name": "encoder.0"}, "Jacobian of encoder.0: stretches"),
+        ({"smallest_certified": False}, "stretches from at most 2.3e-9 to 0.21, 0.034"),
+        ({"largest_certified": False}, "stretches from 2.3e-9 to at least 0.21, 0.034"),
+        ({"exact": False}, "about 0.034 in the root mean square"),
+        ({"isometry": "isometric"}, "mean square; isometric"),
+        ({"isometry": "unknown"}, "is not known"),
+    ],
+)
+def test_a_bound_is_never_printed_as_a_value(changes: dict[str, Any], expected: str) -> None:
+    """The line on the Jacobian says which of its numbers are bounds or estimates, and what it is the Jacobian of."""
+    text = flat(printed(replace(made.check_deep(), jacobian=replace(made.STRETCH, **changes))))
+
+    assert expected in text
+    assert ("decades)" in text) is not any("certified" in name for name in changes)
+
+
 def test_unknown_numbers_are_left_out() -> None:
     """What was not measured is not printed as NaN."""
     text = printed(replace(made.sick(), summary=RunSummary(steps=3)))
@@ -867,6 +887,8 @@ def test_json_is_plain_and_versioned(make: Callable[[], Diagnosis]) -> None:
         "spectra",
         "actions",
         "time_profiles",
+        "jacobian",
+        "block_profile",
     }
 
 

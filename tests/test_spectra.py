@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -332,3 +333,101 @@ def test_parametrized_weights_are_left_alone() -> None:
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     assert not matrices(layer)
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_sharded_weights_are_gathered() -> None:
+    """A DTensor gives what the whole weight gives; every rank that holds a part of it has to ask."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        matrix = ginibre(40)
+        sharded = distribute_tensor(matrix, init_device_mesh("cpu", (1,)), [Shard(0)])
+        assert spectra.sigma_max(sharded).value == spectra.sigma_max(matrix).value
+        assert spectra.spectral_radius(sharded).value == spectra.spectral_radius(matrix).value
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_any_geometry_agrees_with_the_dense_operator(stride: int, padding: int, dilation: int, groups: int) -> None:
+    """Over every combination, and inputs from 5 x 5 to 8 x 8, the norm is that of the matrix built column by column."""
+    torch.manual_seed(stride + 4 * padding + 16 * dilation + 64 * groups)
+    module = nn.Conv2d(4, 6, 3, stride, padding, dilation, groups, bias=False, dtype=torch.float64)
+    for size in (5, 8):
+        basis = torch.eye(4 * size * size, dtype=torch.float64).view(-1, 4, size, size)
+        dense = module(basis).detach().flatten(1)
+        found = spectra.conv_sigma_max(module, size)
+        assert found.certified
+        assert found.value == pytest.approx(float(torch.linalg.matrix_norm(dense, ord=2)), rel=1e-3)
+
+
+CONV_KINDS: tuple[tuple[Literal["circular", "zeros"], int], ...] = (("circular", 1), ("zeros", 1), ("zeros", 2))
+"""Padding and stride of the three operators."""
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "size", "circular", "zeros", "strided", "reshaped"),
+    [(16, 3, 8, 3.013, 2.889, 2.209, 1.849), (32, 5, 16, 2.934, 2.867, 2.125, 1.677)],
+)
+def test_he_initialized_convolutions_have_the_norms_that_were_measured(
+    channels: int, kernel: int, size: int, circular: float, zeros: float, strided: float, reshaped: float
+) -> None:
+    """Means over five draws are within 5 % of the table, which is of one draw; the norm exceeds R by half or more."""
+    found = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        weight = torch.randn(channels, channels, kernel, kernel) * math.sqrt(2 / (channels * kernel**2))
+        norms = []
+        module = nn.Conv2d(channels, channels, kernel, bias=False)
+        for mode, stride in CONV_KINDS:
+            module = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, padding_mode=mode, bias=False)
+            module.weight.data = weight
+            norms.append(spectra.conv_sigma_max(module, size).value)
+        norms.append(spectra.kernel_bounds(module)[0])
+        found.append(norms)
+    means = torch.tensor(found).mean(0).tolist()
+    assert means == pytest.approx([circular, zeros, strided, reshaped], rel=0.05)
+    assert 1.5 < means[0] / means[3] < 1.8
+
+
+MEASURED = [
+    (256, 8, {1: 1.41, 2: 0.41, 3: 0.13, 4: 0.036, 5: 0.007}, {4: 0.115, 6: 0.014, 8: 0.0035}),
+    (1024, 3, {1: 2.38, 2: 0.66, 3: 0.22, 4: 0.074, 5: 0.023}, {4: 0.21, 6: 0.037, 8: 0.007}),
+]
+"""Size, draws, and by how much bounds exceeded norm and radius of one Gaussian matrix, by iterations."""
+
+
+@pytest.mark.parametrize(("size", "draws", "gram", "gelfand"), MEASURED)
+def test_bounds_exceed_by_what_was_measured(
+    size: int, draws: int, gram: dict[int, float], gelfand: dict[int, float]
+) -> None:
+    """The measured draw lies among ours for Gram iteration, and within a factor of two of their mean for Gelfand."""
+    matrices = [ginibre(size, seed=seed).double() for seed in range(draws)]
+    norms = [float(torch.linalg.matrix_norm(matrix, ord=2)) for matrix in matrices]
+    for iterations, expected in gram.items():
+        pairs = zip(matrices, norms, strict=True)
+        found = [spectra.gram_bound(matrix, iterations=iterations) / norm - 1 for matrix, norm in pairs]
+        assert 0.95 * min(found) <= expected <= 1.05 * max(found)
+    radii = [float(torch.linalg.eigvals(matrix).abs().amax()) for matrix in matrices[:4]]
+    for squarings, expected in gelfand.items():
+        excess = [
+            spectra.gelfand_bound(matrix, squarings=squarings) / radius - 1
+            for matrix, radius in zip(matrices, radii, strict=False)
+        ]
+        assert 0.5 < sum(excess) / len(excess) / expected < 2.0
+
+
+def test_orthogonal_matrices_have_radius_and_norm_one() -> None:
+    """Every singular value and every eigenvalue has size 1, whatever the way of computing it."""
+    torch.manual_seed(0)
+    matrix = nn.init.orthogonal_(torch.empty(300, 300))
+    for exact in (True, False):
+        assert spectra.sigma_max(matrix, exact=exact).value == pytest.approx(1.0, abs=1e-5)
+        assert spectra.spectral_radius(matrix, exact=exact).value == pytest.approx(1.0, abs=1e-3)
+    assert spectra.condition_number(matrix) == pytest.approx(1.0, abs=1e-4)

@@ -11,6 +11,7 @@ import numpy as np
 
 from gradguard.config import GuardConfig
 from gradguard.detectors._attribution import layer_gains, single_sigmas
+from gradguard.detectors._block_profile import block_profile
 from gradguard.detectors._depth import TRUNK_ROLES, power, trunk, weight_layers
 from gradguard.detectors._loss import loss_progress
 from gradguard.detectors._numbers import column, signal
@@ -129,6 +130,7 @@ def diagnose(
         layers=_profile(part, linked),
         summary=summary,
         time_profiles=time_profiles(history, linked),
+        block_profile=block_profile(part),
     )
     return replace(diagnosis, verdict=_verdict(diagnosis, history, settings, reason))
 

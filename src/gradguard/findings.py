@@ -14,7 +14,7 @@ from enum import Enum, IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
 from gradguard.actions import ActionSummary
-from gradguard.profiles import TimeProfile
+from gradguard.profiles import BlockProfile, JacobianStretch, TimeProfile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -318,6 +318,8 @@ class Diagnosis:
         spectra: Exact spectra of the weights, where a report in depth was asked for.
         actions: What was done to the steps of each optimizer while the run went on; empty where nothing may be done.
         time_profiles: The gradient through time, by recurrent module.
+        block_profile: Of a Transformer, the gradient of its feed-forward weights over its blocks; else ``None``.
+        jacobian: How far the Jacobian of the whole net stretches; ``None`` where that was not asked for.
     """
 
     findings: tuple[Finding, ...]
@@ -330,6 +332,8 @@ class Diagnosis:
     spectra: tuple[MatrixSpectrum, ...] = ()
     actions: tuple[ActionSummary, ...] = ()
     time_profiles: tuple[TimeProfile, ...] = ()
+    block_profile: BlockProfile | None = None
+    jacobian: JacobianStretch | None = None
 
     @property
     def primary(self) -> Finding | None:

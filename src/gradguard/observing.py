@@ -32,7 +32,7 @@ from gradguard.monitors import (
 from gradguard.monitors._reduce import Handle, Norm, Readback
 from gradguard.monitors.exact_spectra import exact_spectra
 from gradguard.monitors.gradients import total_norm
-from gradguard.monitors.loss_scale import ScaledLossMonitor
+from gradguard.monitors.loss_scale import ScaledLossMonitor, current_scale, is_scaled
 from gradguard.prescriptions import prescribe
 from gradguard.records import FloatArray, RunInfo, StepRecord
 
@@ -190,14 +190,14 @@ class Observing:
             loss_scale: Factor in all of these gradients, 0-d, where the caller has scaled the loss by himself.
             lost: Share of entries that float16 rounded to zero, 0-d, by ``id(parameter)``, where the caller knows it.
         """
-        scaled = [self._is_scaled(optimizer) for optimizer in self._optimizers]
+        scaled = [is_scaled(optimizer, self._scaler) for optimizer in self._optimizers]
         self.gradients.read(
             self._readback,
             gradient_of=gradient_of if gradient_of is not None else _grad_of,
             groups=self._groups(),
             sample=sample,
             state_of=self._state_of if self._optimizers else None,
-            divided_by=None if any(scaled) else self._loss_scale(),
+            divided_by=None if any(scaled) else current_scale(self._optimizers, self._scaler),
             lost=lost,
         )
         if self.gradients.arrived == 0 and not self.history.info.preflight:
@@ -214,7 +214,7 @@ class Observing:
         self._before_clipping = before_clipping
         self._scaled = scaled
         self._all_scaled = loss_scale is not None
-        scale = loss_scale if loss_scale is not None else self._loss_scale()
+        scale = loss_scale if loss_scale is not None else current_scale(self._optimizers, self._scaler)
         self._scale = None if scale is None else self._readback.put(scale)
         return True
 
@@ -223,7 +223,7 @@ class Observing:
         optimizer = self._optimizers[index]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._at_step = total_norm(self._readback, gradients)
-        self._at_step_scaled = self._is_scaled(optimizer)
+        self._at_step_scaled = is_scaled(optimizer, self._scaler)
         found = getattr(optimizer, "found_inf", None)
         self._found_inf = self._readback.put(found.reshape(())) if isinstance(found, torch.Tensor) else None
 
@@ -377,23 +377,6 @@ class Observing:
         if not self._optimizers:
             return None
         return {id(p): group for opt in self._optimizers for group in opt.param_groups for p in group["params"]}
-
-    def _is_scaled(self, optimizer: Optimizer) -> bool:
-        """Whether a loss scaler's factor is still in the gradients; it keeps that in a private state (torch 2.13)."""
-        if isinstance(getattr(optimizer, "grad_scale", None), torch.Tensor):
-            return True
-        if self._scaler is None or not self._scaler.is_enabled():
-            return False
-        states = getattr(self._scaler, "_per_optimizer_states", {})
-        stage = states[id(optimizer)].get("stage") if id(optimizer) in states else None
-        return getattr(stage, "name", "READY") == "READY"
-
-    def _loss_scale(self) -> Tensor | None:
-        """Return the factor of a loss scaler, on its device; ``None`` without one."""
-        scale = next((s for opt in self._optimizers if (s := getattr(opt, "grad_scale", None)) is not None), None)
-        if scale is None and self._scaler is not None and self._scaler.is_enabled():
-            scale = getattr(self._scaler, "_scale", None)
-        return scale.detach().reshape(()) if isinstance(scale, torch.Tensor) else None
 
     def _state_of(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         """Return the state of a parameter, without making one where its optimizer has none yet."""

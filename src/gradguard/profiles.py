@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["JacobianStretch", "TimeProfile"]
+__all__ = ["BlockProfile", "JacobianStretch", "TimeProfile"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,3 +98,25 @@ class JacobianStretch:
     def decades(self) -> float:
         """Decimal logarithm of :attr:`condition`."""
         return math.log10(self.condition) if self.largest > 0.0 else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockProfile:
+    """The gradient of the feed-forward weights over the blocks of a Transformer, at the first observation that has it.
+
+    Attributes:
+        placement: ``"pre-LN"`` where each block begins with a norm and ends without one, ``"post-LN"`` where each ends
+            with one and begins without.
+        blocks: Dotted names in execution order.
+        ffn_grad_norm: Per block, L2 norm of the gradient of the last two linear layers' weights, unscaled.
+        growth: Last block's over first block's, by the fitted slope.
+        decades_per_block: Slope of log10 over the blocks (Theil-Sen); positive where it grows towards the output.
+        step: Optimizer step of that observation.
+    """
+
+    placement: str
+    blocks: tuple[str, ...]
+    ffn_grad_norm: tuple[float, ...]
+    growth: float
+    decades_per_block: float
+    step: int

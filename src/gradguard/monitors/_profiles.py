@@ -65,7 +65,7 @@ class Curves:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemporalNumbers:
-    """The numbers of one module; see :data:`gradguard.records.TEMPORAL_STATISTICS`."""
+    """The numbers of one module; see :data:`gradguard.columns.TEMPORAL_STATISTICS`."""
 
     span: float
     factor: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,9 @@ from gradguard.monitors.losses import LossMonitor
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.optim import Optimizer
 
-__all__ = ["ScaledLossMonitor"]
+__all__ = ["ScaledLossMonitor", "current_scale", "is_scaled"]
 
 
 class ScaledLossMonitor(LossMonitor):
@@ -63,3 +65,32 @@ class ScaledLossMonitor(LossMonitor):
 
 def _numbers(scales: list[Tensor]) -> list[float]:
     return [float(value) for value in torch.stack([scale.to(scales[0].device) for scale in scales]).float().tolist()]
+
+
+def is_scaled(optimizer: Optimizer, scaler: Any) -> bool:
+    """Whether a loss scaler's factor is still in the gradients; it keeps that in a private state (torch 2.13).
+
+    Args:
+        optimizer: The optimizer that holds the parameters.
+        scaler: The loop's scaler, ``None`` for none.
+    """
+    if isinstance(getattr(optimizer, "grad_scale", None), torch.Tensor):
+        return True
+    if scaler is None or not scaler.is_enabled():
+        return False
+    states = getattr(scaler, "_per_optimizer_states", {})
+    stage = states[id(optimizer)].get("stage") if id(optimizer) in states else None
+    return getattr(stage, "name", "READY") == "READY"
+
+
+def current_scale(optimizers: Sequence[Optimizer], scaler: Any) -> Tensor | None:
+    """Return the factor of a loss scaler, on its device; ``None`` without one.
+
+    Args:
+        optimizers: Fused ones are handed the scale.
+        scaler: The loop's scaler, ``None`` for none.
+    """
+    scale = next((found for opt in optimizers if (found := getattr(opt, "grad_scale", None)) is not None), None)
+    if scale is None and scaler is not None and scaler.is_enabled():
+        scale = getattr(scaler, "_scale", None)
+    return scale.detach().reshape(()) if isinstance(scale, torch.Tensor) else None

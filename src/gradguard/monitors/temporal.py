@@ -180,7 +180,7 @@ class TemporalMonitor:
     ) -> tuple[dict[str, FloatArray], dict[str, TemporalProfile]]:
         """Return a column per statistic for the layers named, and the profiles; call after the transfer.
 
-        Empty where nothing was measured. See :data:`gradguard.records.TEMPORAL_STATISTICS`.
+        Empty where nothing was measured. See :data:`gradguard.columns.TEMPORAL_STATISTICS`.
 
         Args:
             names: The layers of the record.

@@ -12,10 +12,12 @@ __all__ = [
     "SHOW_ALL",
     "Illness",
     "because",
+    "block_text",
     "consequence_text",
     "cost_items",
     "headline",
     "illnesses",
+    "jacobian_text",
     "others_below",
     "remarks",
     "result_items",
@@ -230,6 +232,47 @@ def result_items(summary: RunSummary) -> list[str]:
     elif summary.dead_fraction == 0.0:
         items.append("no inactive units" if check else "no dead units")
     return items
+
+
+def block_text(diagnosis: Diagnosis, *, show_all: bool) -> str:
+    """Return where a Transformer has its norms, and what its feed-forward gradients do; empty for others.
+
+    It is no illness: a healthy run is told on request only.
+    """
+    found = diagnosis.block_profile
+    if found is None or not (show_all or diagnosis.healthy is False):
+        return ""
+    where = "before" if found.placement == "pre-LN" else "after"
+    usual = {
+        "pre-LN": "usual for pre-LN: even, or smaller near the output",
+        "post-LN": "usual for post-LN: larger near the output, which is why it needs a warmup",
+    }
+    first, last = (measured(found.ffn_grad_norm[at], 2) for at in (0, -1))
+    return (
+        f"{len(found.blocks)} Transformer blocks, {found.placement} (norms {where} the residual additions): "
+        f"feed-forward gradient {first} in the first and {last} in the last at step {found.step}, a factor of "
+        f"{measured(found.growth, 2)} by trend ({usual[found.placement]})"
+    )
+
+
+def jacobian_text(diagnosis: Diagnosis) -> str:
+    """Return how far the Jacobian stretches, and what would be well; empty where it was not measured."""
+    found = diagnosis.jacobian
+    if found is None:
+        return ""
+    block = found.name or "the whole net"
+    start = "" if found.source == "the input" else f" from {found.source} on"
+    low = measured(found.smallest, 2) if found.smallest_certified else f"at most {measured(found.smallest, 2)}"
+    high = measured(found.largest, 2) if found.largest_certified else f"at least {measured(found.largest, 2)}"
+    text = f"Jacobian of {block}{start}: stretches from {low} to {high}"
+    if found.smallest_certified and found.largest_certified:
+        text += f" ({found.decades:.1f} decades)"
+    text += f", {'' if found.exact else 'about '}{measured(found.rms, 2)} in the root mean square"
+    judged = {
+        "isometric": "isometric (all between 0.5 and 2)",
+        "not isometric": "not isometric (all between 0.5 and 2), which is no fault by itself",
+    }
+    return f"{text}; {judged.get(found.isometry, 'whether that is isometric (all between 0.5 and 2) is not known')}"
 
 
 def cost_items(diagnosis: Diagnosis) -> list[str]:

@@ -16,9 +16,11 @@ from gradguard.report._layers import Scale
 from gradguard.report._lines import elide, flow, hang, pad, wrap
 from gradguard.report._story import SHOW_ALL
 
-__all__ = ["TIME_CAPTION", "decades", "profiles_to_show", "time_charts", "time_items"]
+__all__ = ["NOTHING_DRAWN", "TIME_CAPTION", "decades", "profiles_to_show", "time_charts", "time_items"]
 
 TIME_CAPTION = "Gradient on its way back through time, from the last output read; log scale"
+
+NOTHING_DRAWN = "nothing to draw: no finite gradient came through"
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _PLAIN = " ..::::##"
@@ -112,7 +114,7 @@ def _spark(profile: TimeProfile, width: int, *, ascii_only: bool) -> list[Text]:
     distances, logs = decades(profile)
     scale = Scale.over(logs)
     if scale is None:
-        return []
+        return wrap(f"{profile.name or '(model)'}: {NOTHING_DRAWN}", width)
     name = elide(profile.name or "(model)", max(5, width // 4))
     columns = max(1, min(_SPARK, width - cell_len(name) - 2))
     signs = _PLAIN if ascii_only else _BLOCKS
@@ -127,7 +129,7 @@ def _chart(profile: TimeProfile, width: int, *, ascii_only: bool) -> list[Text]:
     distances, logs = decades(profile)
     scale = Scale.over(logs)
     if scale is None:
-        return [Text("  nothing to draw: no finite gradient came through", "bold yellow")]
+        return hang(wrap(Text(NOTHING_DRAWN, "bold yellow"), max(1, width - 2)), "  ", 2)
     low, high = scale.ends
     label = max(len(low), len(high))
     columns = max(_LEAST_WIDTH, width - label - 3)

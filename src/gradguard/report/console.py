@@ -18,8 +18,10 @@ from gradguard.report._lines import flow, hang, join, wrap
 from gradguard.report._printable import printable
 from gradguard.report._spectra import spectra_lines
 from gradguard.report._story import (
+    block_text,
     cost_items,
     illnesses,
+    jacobian_text,
     others_below,
     remarks,
     result_items,
@@ -100,6 +102,8 @@ def _sections(diagnosis: Diagnosis, manner: Manner, width: int, *, ascii_only: b
     notes = [line for finding in remarks(diagnosis) for line in remark_lines(finding, summary, manner)]
     results = result_items(summary) if diagnosis.observations else []
     done, ending = (_hanging(texts, manner) for texts in (action_texts(diagnosis), unobserved_texts(diagnosis)))
+    structure = (block_text(diagnosis, show_all=manner.show_all), jacobian_text(diagnosis))
+    done = [*_hanging([text for text in structure if text], manner), *done]
     if healthy is False:
         yield [*_indented(results, manner), *done]
         yield notes

@@ -31,10 +31,12 @@ from gradguard.report._story import (
     SHOW_ALL,
     Illness,
     because,
+    block_text,
     consequence_text,
     cost_items,
     headline,
     illnesses,
+    jacobian_text,
     others_below,
     remarks,
     result_items,
@@ -44,7 +46,7 @@ from gradguard.report._story import (
     unobserved_texts,
     where,
 )
-from gradguard.report._time import TIME_CAPTION, decades, profiles_to_show, time_items
+from gradguard.report._time import NOTHING_DRAWN, TIME_CAPTION, decades, profiles_to_show, time_items
 
 __all__ = ["to_html"]
 
@@ -113,6 +115,8 @@ def _parts(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
     yield _paragraph(" · ".join(results))
     for text in action_texts(diagnosis):
         yield _paragraph(text)
+    yield _paragraph(block_text(diagnosis, show_all=show_all))
+    yield _paragraph(jacobian_text(diagnosis))
     for finding in remarks(diagnosis):
         yield f'<p style="margin:4px 0">{_head(finding, diagnosis)}<br>{_text(finding.message)}</p>'
     yield from _time(diagnosis, show_all=show_all)
@@ -246,7 +250,7 @@ def _time(diagnosis: Diagnosis, *, show_all: bool) -> Iterator[str]:
         distances, logs = decades(profile)
         scale = Scale.over(logs)
         if scale is None:
-            yield _paragraph("nothing to draw: no finite gradient came through")
+            yield _paragraph(NOTHING_DRAWN)
             continue
         far, high, low = float(profile.distance[-1]) or 1.0, scale.high, scale.low
         points = " ".join(
