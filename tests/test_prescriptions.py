@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
+import gradguard
 from gradguard.config import GuardConfig
 from gradguard.detectors import run_detectors
 from gradguard.diagnosis import diagnose
@@ -222,3 +225,22 @@ def test_spikes_are_clipped_at_twice_the_usual_norm(note: str, norm: float) -> N
 
     assert clip.arguments == {"max_norm": norm}
     assert f"max_norm={norm:.3g})" in clip.code
+
+
+def test_a_unit_that_dies_at_the_output_is_told_from_one_that_dies_inside() -> None:
+    """Only where the dead activation is the last of all layers is it taken away."""
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+
+    def cures(model: nn.Sequential, layer: int) -> list[str]:
+        with torch.no_grad():
+            model[layer].bias.fill_(-50.0)
+        diagnosis = gradguard.check(model, x, lambda model, x: (model(x) + 1.0).square().mean())
+        (finding,) = [item for item in diagnosis.findings if item.code == "GG301"]
+        return [cure.remedy for cure in finding.prescriptions]
+
+    torch.manual_seed(0)
+    at_the_end = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+    inside = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    assert "linear-output" in cures(at_the_end, 2)
+    assert "linear-output" not in cures(inside, 0)

@@ -39,6 +39,7 @@ MODELS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("MultiheadAttention 4", "attention"), ("RMSNorm 4", "norm")),
     (("LSTM 4>8", "recurrent"),),
     (("RNN 4>8", "recurrent"),),
+    (("ReLU", "activation"),),
 )
 """What models may be made of, in the same way."""
 
@@ -206,6 +207,8 @@ def suitable(remedy: str) -> tuple[nn.Module, torch.Tensor]:
         return Attending(), torch.randn(shape) * (100.0 if remedy == "scale-query-key" else 1.0)
     if remedy in {"delta-orthogonal-initialization", "group-norm"}:
         return images(), torch.randn(8, 2, 6, 6)
+    if remedy == "linear-output":
+        return nn.Sequential(stack(nn.ReLU), nn.ReLU()), torch.randn(shape)
     activation = {"relu": nn.Sigmoid, "xavier-initialization": nn.Tanh, "lecun-initialization": nn.SELU}
     return stack(activation.get(remedy, nn.ReLU)), torch.randn(shape)
 

@@ -24,6 +24,7 @@ from gradguard.remedies.surgery import (
     add_normalized_residual,
     add_residual,
     insert_norm,
+    linear_output,
     replace_activations,
     standardize_input,
     swap_recurrent,
@@ -330,6 +331,7 @@ def test_prescriptions_apply_by_name(name: str) -> None:
     torch.manual_seed(0)
     model: nn.Module = {
         "gated-cell": surgery.RecurrentClassifier,
+        "linear-output": lambda: nn.Sequential(surgery.ConvClassifier(), nn.ReLU()),
         "lstm": surgery.RecurrentClassifier,
         "qk-norm": surgery.TransformerClassifier,
     }.get(name, surgery.ConvClassifier)()
@@ -415,3 +417,19 @@ def circles() -> tuple[Tensor, Tensor]:
     angle, ring = 6.3 * torch.rand(256, generator=random), torch.randint(0, 2, (256,), generator=random)
     radius = 1.0 + ring
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1), ring
+
+
+def test_a_relu_at_the_output_is_taken_away_and_no_other() -> None:
+    """Negative targets are reached afterwards; hidden ReLUs, and sigmoids that bound an output, stay."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1), nn.ReLU())
+
+    applied = linear_output(model, batch=x)
+
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.Identity]
+    assert float(model(x).detach().min()) < 0.0
+    applied.undo()
+    assert float(model(x).detach().min()) == 0.0
+    with pytest.raises(UnsupportedModelError, match="linear-output found nothing"):
+        linear_output(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1), nn.Sigmoid()), batch=x)

@@ -55,6 +55,12 @@ LAYERS: Mapping[str, RemedyText] = MappingProxyType(
             expected="No unit is off for good: each gets at least a hundredth of its gradient.",
             reference="Maas, Hannun, Ng (2013), Rectifier Nonlinearities Improve Neural Network Acoustic Models, ICML",
         ),
+        "linear-output": RemedyText(
+            reason="A ReLU behind the last layer says nothing below zero, and where it is zero nothing is learnt.",
+            code=call("linear-output", by_hand="no activation behind the last layer"),
+            expected="The gradient reaches the last layer whatever it says.",
+            reference="Goodfellow, Bengio, Courville (2016), Deep Learning, section 6.2.2.1",
+        ),
         "residual": RemedyText(
             reason="An identity path around each block carries the gradient past what shrinks or amplifies it.",
             code=call("residual", by_hand="x = x + block(x)"),

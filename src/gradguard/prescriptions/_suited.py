@@ -35,6 +35,7 @@ def suited(names: Iterable[str], finding: Finding, layers: Sequence[LayerProfile
         **_normalization(finding, layers),
         **_paths(finding, layers),
         **_attention(finding, layers),
+        **_output(finding, layers),
     }
     found = [choice for name in names for choice in changes.get(name, (name,))]
     return tuple(dict.fromkeys(found))
@@ -96,6 +97,12 @@ def _paths(finding: Finding, layers: Sequence[LayerProfile]) -> dict[str, tuple[
 def _attention(finding: Finding, layers: Sequence[LayerProfile]) -> dict[str, tuple[str, ...]]:
     about_attention = finding.family == "attention" or any(row.role == "attention" for row in layers)
     return {} if about_attention else {"qk-norm": ()}
+
+
+def _output(finding: Finding, layers: Sequence[LayerProfile]) -> dict[str, tuple[str, ...]]:
+    """An activation dies at the output where it is the last of all layers."""
+    last = layers[-1].name if layers and layers[-1].role == "activation" else None
+    return {} if last is not None and last in (finding.layer, *finding.layers) else {"linear-output": ()}
 
 
 def _convolutional(finding: Finding, layers: Sequence[LayerProfile]) -> bool:

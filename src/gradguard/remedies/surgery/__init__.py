@@ -3,6 +3,7 @@
 ==============================  ===================================================================================
 :func:`insert_norm`             LayerNorm, BatchNorm, GroupNorm or RMSNorm before or after each hidden activation.
 :func:`replace_activations`     Activations that do not saturate, or do not die.
+:func:`linear_output`           No ReLU behind the last layer.
 :func:`add_residual`            A path around each block.
 :func:`add_normalized_residual` Both: BatchNorm before each hidden activation and a path around each block.
 :func:`swap_recurrent`          LSTM or GRU in place of a plain RNN, with its interface.
@@ -39,6 +40,7 @@ from gradguard.remedies.surgery._attention import add_qk_norm
 from gradguard.remedies.surgery._deep import add_normalized_residual
 from gradguard.remedies.surgery._input import standardize_input
 from gradguard.remedies.surgery._norms import NormKind, Where, insert_norm
+from gradguard.remedies.surgery._output import linear_output
 from gradguard.remedies.surgery._recurrent import CellKind, swap_recurrent
 from gradguard.remedies.surgery._rename import rename
 from gradguard.remedies.surgery._residual import add_residual
@@ -61,6 +63,7 @@ __all__ = [
     "add_qk_norm",
     "add_residual",
     "insert_norm",
+    "linear_output",
     "rename",
     "replace_activations",
     "standardize_input",

@@ -20,7 +20,7 @@ from gradguard.remedies.surgery._survey import Survey, affine, chosen, survey
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["ActivationName", "replace_activations"]
+__all__ = ["DYING", "ActivationName", "not_hidden", "replace_activations"]
 
 ActivationName = Literal["relu", "leaky-relu", "elu", "selu", "gelu", "silu"]
 """What activations can be replaced by."""
@@ -37,7 +37,8 @@ _NEW: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
 )
 
 _SATURATING = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh, nn.Softsign, nn.LogSigmoid)
-_DYING = (nn.ReLU, nn.ReLU6, nn.Threshold)
+DYING = (nn.ReLU, nn.ReLU6, nn.Threshold)
+"""Activations that can be zero for every example, with a gradient of zero."""
 _SATURATING_FUNCTIONS = frozenset(
     {"sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign", "logsigmoid", "log_sigmoid"}
 )
@@ -117,7 +118,7 @@ def _nothing(kept: Ledger) -> nn.Module:
 def _plan(
     found: Survey, to: ActivationName, named: dict[str, nn.Module] | None
 ) -> tuple[list[Edit], dict[str, str], list[str]]:
-    kinds = _SATURATING if to == "relu" else _SATURATING + _DYING
+    kinds = _SATURATING if to == "relu" else _SATURATING + DYING
     edits: list[Edit] = []
     layers: dict[str, None] = {}
     skipped = _in_code(found, to)
@@ -161,10 +162,10 @@ def _why_not(found: Survey, module: nn.Module, *, by_name: bool) -> str | None:
         flagged = getattr(outer, "activation_relu_or_gelu", 0)
         if isinstance(outer, nn.TransformerEncoderLayer) and outer.activation is module and flagged:
             return "torch's TransformerEncoderLayer computes its activation itself in evaluation mode, past any module"
-    return None if by_name else _not_hidden(found, module)
+    return None if by_name else not_hidden(found, module)
 
 
-def _not_hidden(found: Survey, module: nn.Module) -> str | None:
+def not_hidden(found: Survey, module: nn.Module) -> str | None:
     """Return why an activation is not a hidden one, ``None`` where it is."""
     if found.trace is None:
         order = [m for m in found.model.modules() if next(m.children(), None) is None or affine(m)]

@@ -13,6 +13,7 @@ from gradguard.remedies.surgery._attention import add_qk_norm
 from gradguard.remedies.surgery._deep import add_normalized_residual
 from gradguard.remedies.surgery._input import standardize_input
 from gradguard.remedies.surgery._norms import insert_norm
+from gradguard.remedies.surgery._output import linear_output
 from gradguard.remedies.surgery._recurrent import swap_recurrent
 from gradguard.remedies.surgery._residual import add_residual
 
@@ -31,6 +32,7 @@ REMEDIES: Mapping[str, tuple[str, Operation]] = MappingProxyType(
         "qk-norm": ("normalization", add_qk_norm),
         "relu": ("activation", partial(replace_activations, to="relu", initialize_layers=True)),
         "leaky-relu": ("activation", partial(replace_activations, to="leaky-relu")),
+        "linear-output": ("activation", linear_output),
         "residual": ("residual", add_residual),
         "residual-batch-norm": ("residual", add_normalized_residual),
         "gated-cell": ("cell", partial(swap_recurrent, to="gru")),
