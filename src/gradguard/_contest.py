@@ -44,9 +44,6 @@ _SURE = 2.0
 _OUTLOOK = 2.0
 """Halves of the steps so far by which a fall is projected. Ours."""
 
-_RATE_STEPS = 6
-"""Steps for which a learning rate is tried in the search by decades. Ours: a rate that is too high shows in three."""
-
 _SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
 """Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
 
@@ -226,10 +223,10 @@ class Contest:
     def _search_rate(self, entrant: Entrant) -> None:
         """Find the factor, each one tried for a few steps on a copy."""
 
-        def attempt(factor: float) -> float:
+        def attempt(factor: float, steps: int) -> float:
             entrant.prescription = with_factor(entrant.prescription, factor)
             lane = self._treated(entrant, 0)
-            self._advance(lane, _RATE_STEPS)
+            self._advance(lane, steps)
             return math.inf if lane.fault else lane.losses[-1]
 
         up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0

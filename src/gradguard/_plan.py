@@ -13,9 +13,9 @@ SHARE = 0.25
 _FINALISTS = 3
 """Candidates that are trained to the end. Source: ours, algorithms.md, section K."""
 
-_SIZES = ((80, 2), (60, 2), (40, 2), (40, 1), (24, 1), (16, 1))
-"""Steps to the end, and seeds of the finalists, largest first. Source: ours, algorithms.md, section K: 40 steps pick
-within 0.03 of the best accuracy in 14 of 14 cases, 20 steps in 12."""
+_SIZES = ((80, 2, 3), (60, 2, 3), (40, 2, 3), (40, 1, 3), (24, 1, 3), (16, 1, 3), (16, 1, 2))
+"""Steps to the end, seeds of the finalists and finalists, largest first. Source: ours, algorithms.md, section K: 40
+steps pick within 0.03 of the best accuracy in 14 of 14 cases, 20 steps in 12."""
 
 _USUAL = 2
 """Which of these where nobody says how long the run is."""
@@ -65,15 +65,15 @@ def make_plan(candidates: int, *, run_steps: int | None = None, steps: int | Non
         >>> make_plan(6, run_steps=10_000).rungs, make_plan(6, run_steps=240).rungs
         ((16, 40, 80), (3, 8, 16))
     """
-    plans = [_plan(candidates, length, seeds) for length, seeds in _SIZES]
+    plans = [_plan(candidates, *size) for size in _SIZES]
     if steps is not None:
-        plans = [_plan(candidates, steps, seeds) for seeds in (2, 1)]
+        plans = [_plan(candidates, steps, seeds, _FINALISTS) for seeds in (2, 1)]
     if run_steps is None:
         return plans[0] if steps is not None else plans[_USUAL]
     return next((plan for plan in plans if plan.cost(candidates) <= SHARE * run_steps), plans[-1])
 
 
-def _plan(candidates: int, length: int, seeds: int) -> Plan:
+def _plan(candidates: int, length: int, seeds: int, finalists: int) -> Plan:
     half = max(_FINALISTS, math.ceil(candidates / 2))
     rungs = tuple(dict.fromkeys((*(max(1, round(share * length)) for share in _CHECKPOINTS), length)))
-    return Plan(rungs, (half, _FINALISTS)[-(len(rungs) - 1) :] if len(rungs) > 1 else (), seeds)
+    return Plan(rungs, (half, finalists)[-(len(rungs) - 1) :] if len(rungs) > 1 else (), seeds)

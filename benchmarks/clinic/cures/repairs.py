@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 import gradguard
 from benchmarks.clinic.case import Case
 from benchmarks.clinic.cures.runs import Outcome, Setting, Treat, apply_all, build, setting_of, train
+from benchmarks.clinic.nets import Exponential
 from benchmarks.clinic.results import Row
 from benchmarks.clinic.rivals import autotrainer_of
 from gradguard.errors import GradGuardError
@@ -30,6 +32,9 @@ _BATCHES_BEFORE = 4
 
 _MOST_TRIES = 10
 """Repairs that AUTOTRAINER tries at most. Source: peers.md, section 3.3."""
+
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, Exponential)
+"""What AUTOTRAINER replaces when it replaces activations: those of all layers."""
 
 _REFUSALS = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError)
 
@@ -131,9 +136,9 @@ def always(case: Case, seed: int, sick: Outcome) -> Repair:
 def fixed_order(case: Case, seed: int, sick: Outcome) -> Repair:
     """Try AUTOTRAINER's repairs in its order, each a whole run, until its own detectors are silent.
 
-    The list is that of the problem that its detectors report on the sick run; with none reported nothing is done. What
-    it changes in Keras by name is changed by our remedies of the same name. Kinder than the original in two ways: each
-    repair begins at the original weights, and initializations do change the weights (peers.md, section 3.4).
+    The list is that of the problem that its detectors report on the sick run; with none reported nothing is done.
+    Kinder than the original in two ways: each repair begins at the original weights, and initializations do change the
+    weights (peers.md, section 3.4).
 
     Source: Zhang et al., "AUTOTRAINER", ICSE 2021, strategy "balance"; peers.md, sections 3.2 and 3.3.
     """
@@ -168,17 +173,39 @@ def _order(problem: str, draw: random.Random) -> Iterator[tuple[str, Treat]]:
     def remedy(*names: str) -> tuple[str, Treat]:
         return " + ".join(names), lambda setting: apply_all(setting, names)
 
-    selu, relu, norm = remedy("selu"), remedy("relu"), remedy("batch-norm")
+    selu = ("selu + lecun-initialization", partial(_activation, nn.SELU, "lecun-initialization"))
+    relu = ("relu + he-initialization", partial(_activation, nn.ReLU, "he-initialization"))
+    norm = remedy("batch-norm")
     if problem == "vanish":
         yield from (selu, relu, norm)
     elif problem == "explode":
-        yield from (selu, relu, ("clip value 10", _clip_value(10.0)), remedy("tanh"), norm)
+        yield from (selu, relu, ("clip value 10", _clip_value(10.0)), ("tanh", partial(_activation, nn.Tanh, "")), norm)
     elif problem == "dying":
         inits = ["he-initialization", "xavier-initialization", "lecun-initialization", "orthogonal-initialization"]
-        yield from (selu, norm, *(remedy(name) for name in draw.sample(inits, 3)), remedy("leaky-relu"), remedy("elu"))
+        yield from (selu, norm, *(remedy(name) for name in draw.sample(inits, 3)))
+        for kind in (nn.LeakyReLU, nn.ELU, partial(nn.Threshold, 1.0, 0.0)):
+            yield getattr(kind, "__name__", "Threshold"), partial(_activation, kind, "")
     else:
         yield from _rates(problem)
         yield from (remedy(name) for name in ("he-initialization", "xavier-initialization", "lecun-initialization"))
+
+
+def _activation(kind: Callable[[], nn.Module], initialization: str, setting: Setting) -> nn.Module:
+    """Put an activation in place of every other one, the clinic's own exp(x) among them; then draw the weights anew.
+
+    Raises:
+        ValueError: If the model has none as a module.
+    """
+    model = setting.job.model
+    found = False
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _ACTIVATIONS):
+                setattr(parent, name, kind())
+                found = True
+    if not found:
+        raise ValueError("no activation modules")
+    return apply_all(setting, [initialization]) if initialization else model
 
 
 def _rates(problem: str) -> Iterator[tuple[str, Treat]]:
