@@ -53,7 +53,7 @@ def run_missing(chosen: Sequence[Case], arguments: argparse.Namespace, console: 
     done = set() if arguments.fresh else {row.key for row in read_rows(arguments.results, source=source)}
     jobs = [(case.name, seed) for seed in range(arguments.seeds) for case in chosen if (case.name, seed) not in done]
     started = time.monotonic()
-    rows = run_all(jobs, workers=arguments.workers)
+    rows = run_all(jobs, workers=arguments.workers, ignore=tuple(arguments.ignore))
     for row in track(rows, total=len(jobs), description="runs", console=console, disable=not console.is_terminal):
         append_row(arguments.results, row)
     console.print(f"{len(jobs)} runs in {time.monotonic() - started:.0f} s, {len(done)} in the file before")
@@ -96,6 +96,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--half", choices=("practice", "exam"), help="one half only")
     parser.add_argument("--seeds", type=int, default=None, help="seeds of each case, 5 by default, 1 with --quick")
     parser.add_argument("--cases", default="*", help="pattern of names, for instance 'mlp/*'")
+    parser.add_argument("--ignore", action="append", default=[], help="rules to leave out; give --results as well")
     parser.add_argument("--workers", type=int, default=2, help="processes, each on one thread")
     parser.add_argument("--results", type=Path, default=Path("out/clinic/results.jsonl"), help="where rows go")
     parser.add_argument("--json", type=Path, default=Path("out/clinic/score.json"), help="where the score goes")

@@ -29,39 +29,40 @@ __all__ = ["drive", "run_all", "run_case"]
 _KEPT_LOSSES = 60
 
 
-def run_all(jobs: Iterable[tuple[str, int]], *, workers: int = 2) -> Iterator[Row]:
+def run_all(jobs: Iterable[tuple[str, int]], *, workers: int = 2, ignore: tuple[str, ...] = ()) -> Iterator[Row]:
     """Run cases in a pool of processes and give their rows as they come.
 
     Args:
         jobs: Name and seed of each run.
         workers: Processes, each on one thread; 1 runs here.
+        ignore: Rules that the guard is told to leave out, by code or family.
     """
     wanted = list(jobs)
     if workers <= 1:
         torch.set_num_threads(1)
-        yield from (run_case(name, seed) for name, seed in wanted)
+        yield from (run_case(name, seed, ignore) for name, seed in wanted)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        futures = [pool.submit(run_case, name, seed) for name, seed in wanted]
+        futures = [pool.submit(run_case, name, seed, ignore) for name, seed in wanted]
         for future in as_completed(futures):
             yield future.result()
 
 
-def run_case(name: str, seed: int) -> Row:
+def run_case(name: str, seed: int, ignore: tuple[str, ...] = ()) -> Row:
     """Run one case and return its row; what it raises stands in the row."""
     case = find(name)
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            fields = _run(case, seed)
+            fields = _run(case, seed, ignore)
         except Exception:  # noqa: BLE001  # one run that fails must not end the clinic; the row says so
             fields = {"error": traceback.format_exc(limit=-6)}
     return Row(case=name, seed=seed, source=source_hash(), seconds=round(time.perf_counter() - started, 3), **fields)
 
 
-def _run(case: Case, seed: int) -> dict[str, Any]:
+def _run(case: Case, seed: int, ignore: tuple[str, ...]) -> dict[str, Any]:
     torch.manual_seed(seed)
     job = case.build(seed)
     fields = _check(job)
@@ -72,6 +73,7 @@ def _run(case: Case, seed: int) -> dict[str, Any]:
         scaler=job.scaler,
         on_finding=run.hear,
         on_error="raise",
+        ignore=ignore,
     ) as guard:
         run.guard = guard
         drive(job, run.record, begin=run.begin, end=run.end)

@@ -138,6 +138,39 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DepthRow:
+    """One kind of net at one depth, averaged over the seeds.
+
+    Attributes:
+        depth: Hidden layers.
+        runs: The single runs.
+    """
+
+    depth: int
+    runs: tuple[Run, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the held-out digits named correctly."""
+        return mean([run.accuracy for run in self.runs])
+
+    @property
+    def factor(self) -> float:
+        """Factor by which the gradient changes per layer, at the first step."""
+        return mean([factor_per_layer(run) for run in self.runs])
+
+    @property
+    def decades(self) -> float:
+        """The same over all layers, in decades."""
+        return mean([decades(run, 0) for run in self.runs])
+
+    @property
+    def decades_after(self) -> float:
+        """The same at the last observation of the run."""
+        return mean([decades(run, -1) for run in self.runs])
+
+
 def options(description: str, steps: int, seeds: int, argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=description)

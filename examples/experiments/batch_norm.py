@@ -21,34 +21,12 @@ DEPTHS = (10, 40)
 ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "ReLU": nn.ReLU}
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(common.DepthRow):
     """One activation at one depth, with or without BatchNorm; ``runs`` are the single runs."""
 
     activation: str
-    depth: int
     normalized: bool
-    runs: tuple[common.Run, ...]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the held-out digits named correctly."""
-        return common.mean([run.accuracy for run in self.runs])
-
-    @property
-    def factor(self) -> float:
-        """Factor by which the gradient changes per layer, at the first step."""
-        return common.mean([common.factor_per_layer(run) for run in self.runs])
-
-    @property
-    def decades(self) -> float:
-        """The same over all layers, in decades."""
-        return common.mean([common.decades(run, 0) for run in self.runs])
-
-    @property
-    def decades_after(self) -> float:
-        """The same at the last observation of the run."""
-        return common.mean([common.decades(run, -1) for run in self.runs])
 
 
 def net(activation: str, depth: int, *, normalized: bool) -> nn.Sequential:
@@ -82,7 +60,7 @@ def run(*, depths: Sequence[int] = DEPTHS, steps: int = 240, seeds: int = 1) -> 
                     torch.manual_seed(seed)
                     model = net(activation, depth, normalized=normalized)
                     runs.append(common.train(model, data, steps=steps, seed=seed, make_optimizer=adam))
-                rows.append(Row(activation, depth, normalized, tuple(runs)))
+                rows.append(Row(activation=activation, depth=depth, normalized=normalized, runs=tuple(runs)))
     return rows
 
 

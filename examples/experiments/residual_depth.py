@@ -23,33 +23,11 @@ DEPTHS = (10, 20, 50, 100)
 KINDS = ("plain", "residual", "residual, SkipInit")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(common.DepthRow):
     """One kind of net at one depth, averaged over the seeds; ``runs`` are the single runs."""
 
     kind: str
-    depth: int
-    runs: tuple[common.Run, ...]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the held-out digits named correctly."""
-        return common.mean([run.accuracy for run in self.runs])
-
-    @property
-    def factor(self) -> float:
-        """Factor by which the gradient changes per layer, at the first step."""
-        return common.mean([common.factor_per_layer(run) for run in self.runs])
-
-    @property
-    def decades(self) -> float:
-        """The same over all layers, in decades."""
-        return common.mean([common.decades(run, 0) for run in self.runs])
-
-    @property
-    def decades_after(self) -> float:
-        """The same at the last observation of the run."""
-        return common.mean([common.decades(run, -1) for run in self.runs])
 
 
 class Net(nn.Module):
@@ -83,7 +61,7 @@ def run(*, depths: Sequence[int] = DEPTHS, steps: int = 200, seeds: int = 1) -> 
                 if kind == "residual, SkipInit":
                     gradguard.apply("skip-init", model, batch=data.images[:2])
                 runs.append(common.train(model, data, steps=steps, seed=seed, make_optimizer=adam))
-            rows.append(Row(kind, depth, tuple(runs)))
+            rows.append(Row(kind=kind, depth=depth, runs=tuple(runs)))
     return rows
 
 
