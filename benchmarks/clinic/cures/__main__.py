@@ -12,6 +12,7 @@ ways. Single cases are listed for the practice half only.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 import time
@@ -26,8 +27,9 @@ from rich.progress import track
 
 from benchmarks.clinic.catalogue import cases, half_of
 from benchmarks.clinic.cures.rows import CureRow, append, read, run_case
-from benchmarks.clinic.cures.tables import case_lines, show
+from benchmarks.clinic.cures.tables import case_lines, figures, show
 from benchmarks.clinic.results import source_hash
+from gradguard.findings import to_plain
 
 
 def run_all(jobs: Sequence[tuple[str, int]], workers: int) -> Iterator[CureRow]:
@@ -42,7 +44,7 @@ def run_all(jobs: Sequence[tuple[str, int]], workers: int) -> Iterator[CureRow]:
             yield future.result()
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--half", choices=("practice", "exam"), help="one half only")
     parser.add_argument("--seeds", type=int, default=1, help="seeds per case")
@@ -50,8 +52,9 @@ def main() -> int:
     parser.add_argument("--healthy", action="store_true", help="run healthy cases as well: nothing may be recommended")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--results", type=Path, default=Path("out/clinic/cures.jsonl"))
+    parser.add_argument("--json", type=Path, default=Path("out/clinic/cures.json"), help="where the score goes")
     parser.add_argument("--any-source", action="store_true", help="take rows of other sources as well")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     console = Console(width=None if sys.stdout.isatty() else 140)
     names = [case.name for case in cases(arguments.half) if case.is_sick or arguments.healthy]
     if arguments.cases != "*":
@@ -65,13 +68,17 @@ def main() -> int:
         append(arguments.results, row)
     console.print(f"{len(jobs)} cases in {time.monotonic() - started:.0f} s, {len(done)} in the file before")
     kept = [row for row in read(arguments.results, source=source) if row.case in names and row.seed < arguments.seeds]
+    scores = {}
     for half in ("practice", "exam"):
         part = [row for row in kept if half_of(row.case) == half]
         if part:
             show(part, console, title=half)
+            scores[half] = figures(part)
         if half == "practice":
             for line in case_lines(part):
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(to_plain(scores), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return 1 if any(row.error for row in kept) else 0
 
 

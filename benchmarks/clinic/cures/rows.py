@@ -45,6 +45,8 @@ class CureRow:
         runs: Cost beside the repaired run, in whole runs, by way of repairing.
         candidates: Quality after each candidate's whole run, where they were trained.
         trial: The candidates and what became of them in the trial, in words.
+        trial_seconds: Wall time of our trial.
+        run_seconds: Wall time of training the healthy twin, unwatched, which has as many steps.
         seconds: Wall time of the row.
         error: What was raised, empty for nothing.
     """
@@ -63,6 +65,8 @@ class CureRow:
     runs: dict[str, float] = field(default_factory=dict)
     candidates: dict[str, float] = field(default_factory=dict)
     trial: tuple[str, ...] = ()
+    trial_seconds: float = 0.0
+    run_seconds: float = 0.0
     seconds: float = 0.0
     error: str = ""
 
@@ -115,9 +119,12 @@ def read(path: Path, *, source: str | None) -> Iterator[CureRow]:
 def _sick(case: Case, seed: int) -> dict[str, Any]:
     sick = train(case, seed, watch=True, probe=True)
     primary = sick.diagnosis.primary if sick.diagnosis is not None else None
+    started = time.perf_counter()
+    twin = train(find(case.twin), seed)
     fields: dict[str, Any] = {
         "sick": sick.quality,
-        "twin": train(find(case.twin), seed).quality,
+        "twin": twin.quality,
+        "run_seconds": round(time.perf_counter() - started, 3),
         "advice": advice_only(case, build(case, seed)),
         "found": "" if primary is None else primary.code,
         "advised": () if primary is None else tuple(cure.remedy for cure in primary.prescriptions),
@@ -129,6 +136,7 @@ def _sick(case: Case, seed: int) -> dict[str, Any]:
     )
     result = repairs["gradguard"].result
     if result is not None:
+        fields["trial_seconds"] = round(result.cost_s, 3)
         fields["trial"] = tuple(f"{r.remedy}: {r.outcome}, loss {r.loss:.3g} {r.why}" for r in result.runs)
         fields["trial"] += (f"untreated: loss {result.control.loss:.3g}",)
         if trains_every_candidate(case.name):

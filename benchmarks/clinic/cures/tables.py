@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.clinic.catalogue import find
 from benchmarks.clinic.cures.rows import WAYS, CureRow
+from gradguard.rules import RULES
 
-__all__ = ["WayScore", "case_lines", "counts", "is_cured", "score_way", "show"]
+__all__ = ["WayScore", "case_lines", "counts", "figures", "is_cured", "score_way", "show"]
 
 _GAIN = 0.01
 """Quality that a cure must add: a point of accuracy, or a hundredth of the variance or information to be explained."""
@@ -33,15 +35,13 @@ class WayScore:
         cured: Runs that gain and reach their twin.
         gained: Runs that gain.
         worse: Runs that lose as much.
-        runs: Median cost beside the repaired run, in whole runs.
-        most: Largest such cost.
+        runs: Cost beside the repaired run, in whole runs: lower quartile, median, upper quartile and largest.
     """
 
     cured: float
     gained: float
     worse: float
-    runs: float
-    most: float
+    runs: tuple[float, float, float, float]
 
 
 def counts(row: CureRow) -> bool:
@@ -61,46 +61,63 @@ def score_way(rows: Sequence[CureRow], way: str) -> WayScore:
         cured=_share([is_cured(row, way) for row in rows]),
         gained=_share([row.quality[way] >= row.sick + _GAIN for row in rows]),
         worse=_share([row.quality[way] <= row.sick - _GAIN for row in rows]),
-        runs=statistics.median([row.runs[way] for row in rows]),
-        most=max(row.runs[way] for row in rows),
+        runs=_quartiles([row.runs[way] for row in rows]),
     )
+
+
+def figures(rows: Sequence[CureRow]) -> dict[str, Any]:
+    """Return everything that is scored, of one half, as plain data; shares are pairs of a number and of how many."""
+    sick = [row for row in rows if find(row.case).is_sick]
+    fair = [row for row in sick if counts(row)]
+    curable = [row for row in fair if not row.advice]
+    advised = [row for row in fair if row.advice]
+    trained = [row for row in curable if row.candidates]
+    healthy = [row for row in rows if not find(row.case).is_sick and not row.error]
+    timed = [row for row in curable if row.run_seconds > 0.0 and row.trial_seconds > 0.0]
+    return {
+        "ways": {way: asdict(score_way(curable, way)) for way in WAYS} if curable else {},
+        "sick": len(sick),
+        "curable": len(curable),
+        "contradict": len(sick) - len(fair),
+        "near_best": (sum(_is_near_best(row) for row in trained), len(trained)),
+        "advised": (sum(bool(row.advised) for row in advised), len(advised)),
+        "advised_rightly": (sum(_names_the_fault(row) for row in advised), len(advised)),
+        "healthy_treated": (sum(bool(row.recommended) for row in healthy), len(healthy)),
+        "trial_seconds": _quartiles([row.trial_seconds / row.run_seconds for row in timed]) if timed else None,
+        "errors": sum(bool(row.error) for row in rows),
+    }
 
 
 def show(rows: Sequence[CureRow], console: Console, *, title: str) -> None:
     """Print the score of one half."""
-    sick = [row for row in rows if find(row.case).is_sick]
-    fair = [row for row in sick if counts(row)]
-    curable = [row for row in fair if not row.advice]
-    if curable:
-        table = Table(title=f"{title}: {len(curable)} curable sick runs")
-        for head in ("repaired by", "cured", "gains a point", "loses a point", "cost, median", "cost, most"):
+    found = figures(rows)
+    if found["ways"]:
+        table = Table(title=f"{title}: {found['curable']} curable sick runs")
+        for head in ("repaired by", "cured", "gains a point", "loses a point", "cost in runs: quartiles", "most"):
             table.add_column(head, justify="left" if head == "repaired by" else "right")
-        for way in WAYS:
-            score = score_way(curable, way)
+        for way, score in found["ways"].items():
+            *quartiles, most = score["runs"]
             table.add_row(
                 way,
-                *(f"{100 * share:.1f} %" for share in (score.cured, score.gained, score.worse)),
-                f"{score.runs:.2f} runs",
-                f"{score.most:.2f} runs",
+                *(f"{100 * score[name]:.1f} %" for name in ("cured", "gained", "worse")),
+                ", ".join(f"{value:.2f}" for value in quartiles),
+                f"{most:.2f}",
             )
         console.print(table)
-    trained = [row for row in curable if row.candidates]
-    if trained:
-        near = [row for row in trained if _is_near_best(row)]
-        console.print(f"first advice within 5 % of the best candidate's outcome: {len(near)} of {len(trained)}")
-    advised = [row for row in fair if row.advice]
-    spoken = [row for row in advised if row.advised]
+    if found["trial_seconds"] is not None:
+        low, middle, high, most = found["trial_seconds"]
+        console.print(
+            f"seconds of the trial over those of a run: quartiles {low:.2f}, {middle:.2f}, {high:.2f}, most {most:.2f}"
+        )
+    console.print("first advice within 5 % of the best candidate's outcome: {} of {}".format(*found["near_best"]))
     console.print(
-        f"{len(sick)} sick runs: {len(sick) - len(fair)} whose outcome contradicts their label, {len(advised)} where "
-        f"the library can only advise ({len(spoken)} of them got advice), {len(curable)} curable"
+        f"{found['sick']} sick runs: {found['contradict']} whose outcome contradicts their label, {found['curable']} "
+        f"curable, {found['advised'][1]} where the library can only advise ({found['advised'][0]} of them got advice, "
+        f"{found['advised_rightly'][0]} for the right fault)"
     )
-    healthy = [row for row in rows if not find(row.case).is_sick and not row.error]
-    if healthy:
-        wrong = [row for row in healthy if row.recommended]
-        console.print(f"healthy runs: a remedy is recommended in {len(wrong)} of {len(healthy)}")
-    errors = [row for row in rows if row.error]
-    if errors:
-        console.print(f"{len(errors)} runs raised an error")
+    console.print("healthy runs: a remedy is recommended in {} of {}".format(*found["healthy_treated"]))
+    if found["errors"]:
+        console.print(f"{found['errors']} runs raised an error")
 
 
 def case_lines(rows: Sequence[CureRow]) -> Iterator[str]:
@@ -128,6 +145,19 @@ def case_lines(rows: Sequence[CureRow]) -> Iterator[str]:
 def _is_near_best(row: CureRow) -> bool:
     best = max(row.candidates.values())
     return row.quality["gradguard"] >= best - _NEAR * abs(best)
+
+
+def _names_the_fault(row: CureRow) -> bool:
+    """Whether the advice is for a fault that the label accepts."""
+    return bool(row.advised) and RULES[row.found].family in find(row.case).accepted
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return lower quartile, median, upper quartile and largest value."""
+    if len(values) < 2:
+        return (values[0],) * 4
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high, max(values)
 
 
 def _share(values: Sequence[bool]) -> float:
