@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import gradguard
-from gradguard._contest import Contest, Entrant
+from gradguard._contest import Contest
+from gradguard._entrant import Entrant
 from gradguard._plan import SHARE, make_plan
 from gradguard._race import Batches, Lane, Race, checked_optimizer, paired_gain
 from gradguard._untouched import cuda_devices
@@ -680,3 +681,32 @@ def test_the_cure_that_a_trial_recommends_lets_a_dead_net_train() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert sum(losses[-10:]) / 10 < 1.0
+
+
+def test_a_short_trial_runs_on_where_no_loss_tells() -> None:
+    """Sixteen steps of a 16-layer net of width 5 say nothing; the trial goes on, and takes dropped cures back in."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 2)
+    labels = (x.square().sum(1) < 1.4).long()
+    layers = [layer for _ in range(16) for layer in (nn.Linear(5, 5), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), *layers, nn.Linear(5, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.05, 0.05)
+    batches = [(x[i::4], labels[i::4]) for i in range(4)]
+
+    def trial(run_steps: int) -> TrialResult:
+        return gradguard.trial(
+            model,
+            batches,
+            lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
+            lambda model: torch.optim.Adam(model.parameters(), 1e-3),
+            candidates=["he-initialization", "leaky-relu", "residual-batch-norm"],
+            run_steps=run_steps,
+        )
+
+    short = trial(16)
+    longer = trial(240)
+    assert short.control.steps == 16
+    assert longer.control.steps > make_plan(3, run_steps=240).length
+    assert longer.cost_steps > short.cost_steps

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from gradguard._entrant import Entrant, projected
 from gradguard._plan import Plan
 from gradguard._race import Lane, Race, check_memory, checked_optimizer, copy_of, paired_gain
 from gradguard._rates import search_rate
@@ -20,12 +21,12 @@ from gradguard.findings import Effect, Prescription, Severity
 from gradguard.outcomes import TrialRun
 from gradguard.preflight import check
 from gradguard.prescriptions import with_factor
-from gradguard.remedies.catalogue import Remedy, Target
+from gradguard.remedies.catalogue import Target
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Contest", "Entrant"]
+__all__ = ["Contest"]
 
 _NEAR_BEST = 0.95
 """Share of the best gain from which a less invasive cure is preferred. Source: ours, algorithms.md, section K: within
@@ -41,47 +42,11 @@ _WORTH_IT = 0.1
 _SURE = 2.0
 """Standard errors by which it must. Ours: one in twenty by chance."""
 
-_OUTLOOK = 2.0
-"""Halves of the steps so far by which a fall is projected. Ours."""
-
 _SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
 """Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
 
 _FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError)
 """How a remedy or a copy may fail; what else is raised is the user's to see."""
-
-
-@dataclass(slots=True, eq=False)
-class Entrant:
-    """A candidate and what became of it.
-
-    Attributes:
-        prescription: What is tried; its arguments may be refined.
-        remedy: What applies it.
-        lanes: Its copies, one per seed.
-        out: Why it is no longer in the race; empty while it is.
-        healthy: Whether a check of the trained copy found the illness gone.
-        screened: Whether a check before the first step still found the illness, which no training takes back.
-    """
-
-    prescription: Prescription
-    remedy: Remedy
-    lanes: list[Lane] = field(default_factory=list)
-    out: str = ""
-    outcome: str = ""
-    healthy: bool | None = None
-    screened: bool = False
-
-    @property
-    def result(self) -> float:
-        """Mean result over the seeds."""
-        return math.inf if not self.lanes else sum(lane.result for lane in self.lanes) / len(self.lanes)
-
-
-def _projected(lane: Lane, rung: int) -> float:
-    """Return where a loss would be after as many steps again, and twice as many."""
-    early, late = lane.halves(rung)
-    return late - _OUTLOOK * (early - late)
 
 
 class _Stop(Exception):  # noqa: N818  # not an error: time is up
@@ -190,7 +155,7 @@ class Contest:
                 self._drop(entrant, "dropped", f"no better than nothing after {rung} steps")
 
     def _cut(self, rung: int, keep: int) -> None:
-        running = sorted(self._running(), key=lambda item: (self._idles(item, rung), _projected(item.lanes[0], rung)))
+        running = sorted(self._running(), key=lambda item: (self._idles(item, rung), projected(item.lanes[0], rung)))
         for entrant in running[keep:]:
             self._drop(entrant, "dropped", f"behind the others after {rung} steps")
 

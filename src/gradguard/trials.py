@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gradguard._contest import Contest, Entrant
+from gradguard._contest import Contest
+from gradguard._entrant import Entrant
 from gradguard._plan import make_plan
 from gradguard._race import Batches, Race
 from gradguard.findings import Diagnosis, Prescription, Severity

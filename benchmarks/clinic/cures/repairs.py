@@ -186,10 +186,14 @@ def _order(problem: str, draw: random.Random) -> Iterator[tuple[str, Treat]]:
     if problem == "vanish":
         yield from (selu, relu, norm)
     elif problem == "explode":
-        yield from (selu, relu, ("clip value 10", _clip_value(10.0)), ("tanh", partial(_activation, nn.Tanh, "")), norm)
+        yield from (selu, relu)
+        yield "clip value 10", _clip_value(10.0)
+        yield "tanh", partial(_activation, nn.Tanh, "")
+        yield norm
     elif problem == "dying":
         inits = ["he-initialization", "xavier-initialization", "lecun-initialization", "orthogonal-initialization"]
-        yield from (selu, norm, *(remedy(name) for name in draw.sample(inits, 3)))
+        yield from (selu, norm)
+        yield from (remedy(name) for name in draw.sample(inits, 3))
         for kind in (nn.LeakyReLU, nn.ELU, partial(nn.Threshold, 1.0, 0.0)):
             yield str(getattr(kind, "__name__", "Threshold")), partial(_activation, kind, "")
     else:
