@@ -15,7 +15,7 @@ _RATE = ("lower-learning-rate", "warm-up", "clip-norm")
 CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
     {
         ("GG101", Cause.ACTIVATION_DERIVATIVE): ("batch-norm", "relu", "layer-norm", "residual-batch-norm"),
-        ("GG101", Cause.WEIGHT_SCALE): ("he-initialization", "lsuv", "layer-norm", "batch-norm", "residual-batch-norm"),
+        ("GG101", Cause.WEIGHT_SCALE): ("he-initialization", "lsuv", "layer-norm", "residual-batch-norm"),
         ("GG101", Cause.SATURATION): ("standardize-input", "xavier-initialization", "layer-norm", "relu"),
         ("GG101", Cause.DEAD_UNITS): ("he-initialization", "batch-norm", "leaky-relu", "lower-learning-rate"),
         ("GG101", None): _DEPTH_DEFAULT,

@@ -16,6 +16,7 @@ _SIGMOIDS = frozenset({"Sigmoid", "Hardsigmoid", "LogSigmoid"})
 """Activations that no scale of the weights makes pass the gradient. Source: ours, algorithms.md, section D: LSUV leaves
 7 of 11 decades lost."""
 
+_BY_EXAMPLE = ("LayerNorm", "RMSNorm")
 _GATED = ("LSTM", "GRU")
 _PLAIN = "RNN"
 
@@ -85,9 +86,10 @@ def _normalization(finding: Finding, layers: Sequence[LayerProfile]) -> dict[str
 
 
 def _paths(finding: Finding, layers: Sequence[LayerProfile]) -> dict[str, tuple[str, ...]]:
-    """Blocks with residual paths need no further path, but branches that start small."""
+    """Blocks with residual paths need no further path, but branches that start small; LayerNorm stays what it is."""
     if "blocks" not in finding.evidence:
-        return {}
+        by_example = any(row.role == "attention" or row.kind.startswith(_BY_EXAMPLE) for row in layers)
+        return {"residual-batch-norm": ("residual",)} if by_example else {}
     scaled = "rezero" if any(row.role == "attention" for row in layers) else "skip-init"
     normalized = any(row.role == "norm" for row in layers)
     choices = (scaled,) if normalized else (scaled, "fixup")

@@ -50,6 +50,7 @@ def add_residual(  # all are keywords with defaults
     compute_loss: Callable[[Any, Any], Any] | None = None,
     modules: Iterable[str] | None = None,
     preserve: bool = False,
+    scaled: bool = False,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     dry_run: bool = False,
 ) -> Applied:
@@ -82,6 +83,9 @@ def add_residual(  # all are keywords with defaults
         compute_loss: Where the batch holds more than the model's inputs: called as ``compute_loss(model, batch)``.
         modules: Names of modules that take one tensor and return one, in place of the blocks found.
         preserve: Whether the model is to compute the same at first; see above.
+        scaled: Whether, without ``preserve``, the blocks' own outputs start at one over the root of their number and
+            not at 0. They learn from the first step on, and their sum stays of one size at any depth, provided that
+            each is: where they are normalized.
         optimizer: The optimizer or optimizers; what is new joins the group of the block's bias, or weight.
         dry_run: Say what would be done and change nothing.
 
@@ -94,8 +98,8 @@ def add_residual(  # all are keywords with defaults
 
     Source:
         He, Zhang, Ren, Sun (2016), arXiv 1512.03385, section 3.2, for identity and projection; Bachlechner et al.
-        (2021), "ReZero is All You Need", UAI, arXiv 2003.04887, for the branch that starts at 0; the gate on the path
-        that starts at 0 is ours.
+        (2021), "ReZero is All You Need", UAI, arXiv 2003.04887, for the branch that starts at 0; De and Smith (2020),
+        NeurIPS, arXiv 2002.10444, for one over the root of the depth; the gate on the path that starts at 0 is ours.
     """
     optimizers = checked(model, optimizer)
     named = chosen(model, modules)
@@ -106,17 +110,21 @@ def add_residual(  # all are keywords with defaults
         blocks = _found(found, skipped)
     else:
         blocks = [_Block(name=name, members=(module,)) for name, module in named.items()]
+    planned: list[tuple[_Block, Callable[[], nn.Module], str]] = []
     for block in blocks:
         skip, what = _around(found, block, preserve=preserve)
         if skip is None:
             if named is not None:
                 raise UnsupportedModelError(f"{block.name} cannot have a path around it: {what}")
             skipped[block.name] = what
-            continue
+        else:
+            planned.append((block, skip, what))
+    branch = len(planned) ** -0.5 if scaled and planned else 0.0
+    for block, skip, what in planned:
         kinds = ", ".join(describe(m).kind for m in block.members)
-        starts = f"that starts at 0 around {kinds}" if preserve else f"around {kinds}, whose own output starts at 0"
+        starts = f"that starts at 0 around {kinds}" if preserve else f"around {kinds}, whose own output starts at {branch:.2g}"
         words = f"{block.name}: {what} {starts}"
-        edits.append(Edit(words=words, make=partial(_insert, block, skip, preserve=preserve)))
+        edits.append(Edit(words=words, make=partial(_insert, block, skip, preserve=preserve, branch=branch)))
     return operate(
         "residual", model, optimizers, edits, skipped, dry_run=dry_run, batch=batch, compute_loss=compute_loss
     )
@@ -336,7 +344,7 @@ def _projection(make: Callable[[], nn.Module], like: nn.Module, *, preserve: boo
     return new.to(device=own.device, dtype=own.dtype)
 
 
-def _insert(block: _Block, make: Callable[[], nn.Module], kept: Ledger, *, preserve: bool) -> nn.Module:
+def _insert(block: _Block, make: Callable[[], nn.Module], kept: Ledger, *, preserve: bool, branch: float) -> nn.Module:
     skip = make()
     identity = isinstance(skip, nn.Identity)
     inner = block.members[0]
@@ -344,7 +352,7 @@ def _insert(block: _Block, make: Callable[[], nn.Module], kept: Ledger, *, prese
         inner = nn.Sequential(*block.members)
         inner.training = block.members[0].training  # not train(), which would set the members' own modes
     gate = 0.0 if preserve and identity else None
-    new = Residual(inner, skip, gate=gate, branch=None if preserve else 0.0)
+    new = Residual(inner, skip, gate=gate, branch=None if preserve else branch)
     if block.parent is None:
         kept.replace(inner, new)
     else:
