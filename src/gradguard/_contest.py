@@ -61,6 +61,7 @@ class Entrant:
         lanes: Its copies, one per seed.
         out: Why it is no longer in the race; empty while it is.
         healthy: Whether a check of the trained copy found the illness gone.
+        screened: Whether a check before the first step still found the illness, which no training takes back.
     """
 
     prescription: Prescription
@@ -69,6 +70,7 @@ class Entrant:
     out: str = ""
     outcome: str = ""
     healthy: bool | None = None
+    screened: bool = False
 
     @property
     def result(self) -> float:
@@ -114,6 +116,7 @@ class Contest:
         self._control: list[Lane] = []
         self._entrants: list[Entrant] = []
         self._mender: Entrant | None = None
+        self._length = plan.length
         self.interrupted = False
 
     @property
@@ -140,14 +143,36 @@ class Contest:
             self._enter(entrant)
         self._screen()
         for rung, keep in zip(self._plan.rungs, (*self._plan.keep, len(self._entrants)), strict=True):
-            for entrant in self._running():
-                self._advance(entrant.lanes[0], rung)
-                if entrant.lanes[0].fault:
-                    self._drop(entrant, "diverged", entrant.lanes[0].fault)
+            self._race_to(rung)
             self._thin(rung, keep)
+        self._run_on()
         for seed in range(1, self._plan.seeds):
             self._repeat(seed)
         self._look_at_health()
+
+    def _run_on(self) -> None:
+        """Where no loss tells a cure from nothing, take those that were dropped for it back in, and run for longer.
+
+        Some runs stand still for fifty steps whatever is done to them; the first ones say nothing about any cure then.
+        """
+        for rung, keep in self._plan.overtime:
+            if self._control[0].fault or any(self._helps(entrant) for entrant in self._finished()):
+                return
+            if rung == self._plan.overtime[0][0]:
+                for entrant in self._entrants:
+                    if entrant.outcome == "dropped" and not entrant.screened:
+                        entrant.outcome = entrant.out = ""
+            self._length = rung
+            self._advance(self._control[0], rung)
+            self._race_to(rung)
+            if keep:
+                self._cut(rung, keep)
+
+    def _race_to(self, rung: int) -> None:
+        for entrant in self._running():
+            self._advance(entrant.lanes[0], rung)
+            if entrant.lanes[0].fault:
+                self._drop(entrant, "diverged", entrant.lanes[0].fault)
 
     def _thin(self, rung: int, keep: int) -> None:
         """Keep the most promising; from the second rung on also drop whoever does as if nothing had been done.
@@ -157,14 +182,17 @@ class Contest:
         """
         if rung == self._plan.length:
             return
-        running = sorted(self._running(), key=lambda item: (self._idles(item, rung), _projected(item.lanes[0], rung)))
-        for entrant in running[keep:]:
-            self._drop(entrant, "dropped", f"behind the others after {rung} steps")
+        self._cut(rung, keep)
         rest = self._running()
         idle = [entrant for entrant in rest if self._idles(entrant, rung)]
         if rung != self._plan.rungs[0] and len(idle) < len(rest):
             for entrant in idle:
                 self._drop(entrant, "dropped", f"no better than nothing after {rung} steps")
+
+    def _cut(self, rung: int, keep: int) -> None:
+        running = sorted(self._running(), key=lambda item: (self._idles(item, rung), _projected(item.lanes[0], rung)))
+        for entrant in running[keep:]:
+            self._drop(entrant, "dropped", f"behind the others after {rung} steps")
 
     def _idles(self, entrant: Entrant, rung: int) -> bool:
         """Whether a copy neither stands better nor falls faster than the untreated one."""
@@ -244,6 +272,7 @@ class Contest:
         if len(hopeless) == len(self._running()):
             return
         for entrant in hopeless:
+            entrant.screened = True
             self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness}")
 
     def _found(self, model: nn.Module) -> set[str]:
@@ -261,11 +290,11 @@ class Contest:
     def _repeat(self, seed: int) -> None:
         """Run the untreated copy and the finalists again under another seed."""
         control = self._untreated(seed)
-        self._advance(control, self._plan.length)
+        self._advance(control, self._length)
         lanes: list[tuple[Entrant, Lane]] = []
         for entrant in self._running():
             lane = self._treated(entrant, seed)
-            self._advance(lane, self._plan.length)
+            self._advance(lane, self._length)
             lanes.append((entrant, lane))
         self._control.append(control)
         for entrant, lane in lanes:
@@ -289,7 +318,7 @@ class Contest:
         one, is then all there is to go by. In an untreated copy that learns it must still be there at the end.
         """
         control = self._control[0]
-        before, after = control.halves(self._plan.length)
+        before, after = control.halves(self._length)
         found = self._found(control.model)
         if before - after <= _NOTICEABLE * abs(before):
             found |= self._found(copy_of(self._model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["SHARE", "Plan", "make_plan"]
 
@@ -20,6 +20,10 @@ steps pick within 0.03 of the best accuracy in 14 of 14 cases, 20 steps in 12.""
 _USUAL = 2
 """Which of these where nobody says how long the run is."""
 
+_OVERTIME = ((20, 4), (40, 3), (80, 0))
+"""Steps to go on to, and candidates left then, where a short plan ends with no loss that tells. Source: ours,
+algorithms.md, section K: 40 steps tell where 20 mislead; narrow nets of 16 layers stand still for 50."""
+
 _CHECKPOINTS = (0.2, 0.5)
 """Shares of the length at which candidates are compared and the hopeless are dropped. Source: ours, algorithms.md,
 section K: 8 and 20 of 40 steps."""
@@ -33,11 +37,14 @@ class Plan:
         rungs: Steps by which candidates are compared, ascending; the last is the whole length.
         keep: Candidates left after each rung but the last.
         seeds: Seeds that the finalists, and the untreated copy, run under.
+        overtime: Steps to go on to where no loss tells a cure from nothing by then, and candidates left after each; 0
+            leaves all.
     """
 
     rungs: tuple[int, ...]
     keep: tuple[int, ...]
     seeds: int
+    overtime: tuple[tuple[int, int], ...] = ()
 
     @property
     def length(self) -> int:
@@ -45,7 +52,7 @@ class Plan:
         return self.rungs[-1]
 
     def cost(self, candidates: int) -> int:
-        """Return the optimizer steps that it takes at most, over all copies, the untreated ones included."""
+        """Return the optimizer steps that it takes at most, without overtime, over all copies, untreated ones too."""
         running, done, steps = candidates, 0, 0
         for rung, left in zip(self.rungs, (*self.keep, 0), strict=True):
             steps += running * (rung - done)
@@ -70,7 +77,10 @@ def make_plan(candidates: int, *, run_steps: int | None = None, steps: int | Non
         plans = [_plan(candidates, steps, seeds, _FINALISTS) for seeds in (2, 1)]
     if run_steps is None:
         return plans[0] if steps is not None else plans[_USUAL]
-    return next((plan for plan in plans if plan.cost(candidates) <= SHARE * run_steps), plans[-1])
+    chosen = next((plan for plan in plans if plan.cost(candidates) <= SHARE * run_steps), plans[-1])
+    return replace(
+        chosen, overtime=tuple((rung, keep) for rung, keep in _OVERTIME if chosen.length < rung <= run_steps)
+    )
 
 
 def _plan(candidates: int, length: int, seeds: int, finalists: int) -> Plan:

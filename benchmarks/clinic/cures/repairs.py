@@ -70,16 +70,18 @@ def ours(case: Case, seed: int, sick: Outcome) -> Repair:
         job.model, setting.batches, setting.loss, setting.make_optimizer, diagnosis=sick.diagnosis, run_steps=job.steps
     )
     cost = result.cost_steps / job.steps
-    if result.best is None:
+    best = result.best
+    if best is None:
         return Repair(quality=sick.quality, runs=cost, why=result.note, result=result)
-    quality = train(case, seed, lambda setting: apply_all(setting, [result.best])).quality
-    return Repair(done=(_named(result.best),), quality=quality, runs=cost, result=result)
+    quality = train(case, seed, lambda setting: apply_all(setting, [best])).quality
+    return Repair(done=(_named(best),), quality=quality, runs=cost, result=result)
 
 
 def candidates(case: Case, seed: int, result: TrialResult) -> dict[str, float]:
     """Train every candidate of a trial that can be applied to its end; return how each ended, by name."""
     ended = {}
-    plain = {cure.remedy: cure for finding in result.diagnosis.findings for cure in finding.prescriptions}
+    findings = result.diagnosis.findings if result.diagnosis is not None else ()
+    plain = {cure.remedy: cure for finding in findings for cure in finding.prescriptions}
     for run in result.runs:
         if run.outcome == "not possible":
             continue
@@ -87,10 +89,14 @@ def candidates(case: Case, seed: int, result: TrialResult) -> dict[str, float]:
         if cure is None:
             continue
         try:
-            ended[run.remedy] = train(case, seed, lambda setting, cure=cure: apply_all(setting, [cure])).quality
+            ended[run.remedy] = train(case, seed, partial(_apply_one, cure)).quality
         except _REFUSALS:
             continue
     return ended
+
+
+def _apply_one(cure: gradguard.Prescription, setting: Setting) -> nn.Module:
+    return apply_all(setting, [cure])
 
 
 def at_random(case: Case, seed: int, sick: Outcome) -> Repair:
@@ -104,7 +110,7 @@ def at_random(case: Case, seed: int, sick: Outcome) -> Repair:
             factor = draw.choice([f for f in _FACTORS if (f > 1.0) == name.startswith("higher")])
             cure = gradguard.Prescription(remedy=name, arguments={"factor": factor}, reason="drawn", code="")
         try:
-            quality = train(case, seed, lambda setting, cure=cure: apply_all(setting, [cure])).quality
+            quality = train(case, seed, partial(_apply_one, cure)).quality
         except _REFUSALS:
             continue
         return Repair(done=(_named(cure),), quality=quality)
@@ -145,7 +151,8 @@ def fixed_order(case: Case, seed: int, sick: Outcome) -> Repair:
     problem = _problem(sick)
     if not problem:
         return Repair(quality=sick.quality, why="its detectors report nothing")
-    best, done, tries = sick.quality, (), 0
+    best, tries = sick.quality, 0
+    done: tuple[str, ...] = ()
     for name, treat in _order(problem, random.Random(f"{case.name} {seed}")):  # noqa: S311  # no secret
         if tries == _MOST_TRIES:
             break
@@ -184,7 +191,7 @@ def _order(problem: str, draw: random.Random) -> Iterator[tuple[str, Treat]]:
         inits = ["he-initialization", "xavier-initialization", "lecun-initialization", "orthogonal-initialization"]
         yield from (selu, norm, *(remedy(name) for name in draw.sample(inits, 3)))
         for kind in (nn.LeakyReLU, nn.ELU, partial(nn.Threshold, 1.0, 0.0)):
-            yield getattr(kind, "__name__", "Threshold"), partial(_activation, kind, "")
+            yield str(getattr(kind, "__name__", "Threshold")), partial(_activation, kind, "")
     else:
         yield from _rates(problem)
         yield from (remedy(name) for name in ("he-initialization", "xavier-initialization", "lecun-initialization"))

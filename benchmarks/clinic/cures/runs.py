@@ -106,7 +106,8 @@ def setting_of(job: Job, *, first: int = 0, batches: int = 80) -> Setting:
             if place is not None:
                 parts[place].append(parameter)
         given = [{**options, "params": part} for part, (_, options) in zip(parts, groups, strict=True) if part]
-        optimizer = type(job.optimizers[0])(given)
+        make: Callable[[Any], Optimizer] = type(job.optimizers[0])
+        optimizer = make(given)
         if job.clip_norm is not None or job.clip_value is not None:
             optimizer.register_step_pre_hook(_clip(job))
         return optimizer

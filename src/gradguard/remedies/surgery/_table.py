@@ -31,7 +31,7 @@ REMEDIES: Mapping[str, tuple[str, Operation]] = MappingProxyType(
         "standardize-input": ("initialization", standardize_input),
         "qk-norm": ("normalization", add_qk_norm),
         "relu": ("activation", partial(replace_activations, to="relu", initialize_layers=True)),
-        "leaky-relu": ("activation", partial(replace_activations, to="leaky-relu")),
+        "leaky-relu": ("activation", partial(replace_activations, to="leaky-relu", initialize_layers=True)),
         "linear-output": ("activation", linear_output),
         "residual": ("residual", add_residual),
         "residual-batch-norm": ("residual", add_normalized_residual),
