@@ -442,7 +442,7 @@ def test_scaled_branches_start_at_one_over_the_root_of_their_number() -> None:
     def branches(**options: Any) -> tuple[list[float], str]:
         model = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 2))
         applied = add_residual(model, **options)
-        return [float(p) for name, p in model.named_parameters() if name.endswith("branch")], applied.changes[0]
+        return [p.item() for name, p in model.named_parameters() if name.endswith("branch")], applied.changes[0]
 
     scaled, words = branches(scaled=True)
 
