@@ -138,7 +138,7 @@ def layer(name: str, kind: str, role: str = "affine") -> LayerProfile:
         ("SELU", "Linear 4>4", ["lecun-initialization", "lsuv", "layer-norm"]),
         ("Tanh", "Linear 4>4", ["xavier-initialization", "orthogonal-initialization", "layer-norm"]),
         ("Tanh", "Conv1d 4>4 3", ["xavier-initialization", "delta-orthogonal-initialization", "group-norm"]),
-        ("Sigmoid", "Linear 4>4", ["he-initialization", "layer-norm", "batch-norm"]),
+        ("Sigmoid", "Linear 4>4", ["he-initialization", "batch-norm", "layer-norm"]),
     ],
 )
 def test_cures_suit_activation_and_layers(activation: str, kind: str, names: list[str]) -> None:

@@ -433,3 +433,19 @@ def test_a_relu_at_the_output_is_taken_away_and_no_other() -> None:
     assert float(model(x).detach().min()) == 0.0
     with pytest.raises(UnsupportedModelError, match="linear-output found nothing"):
         linear_output(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1), nn.Sigmoid()), batch=x)
+
+
+def test_scaled_branches_start_at_one_over_the_root_of_their_number() -> None:
+    """Four blocks start at a half each, and the record says so; by default they start at 0."""
+    torch.manual_seed(0)
+
+    def branches(**options: Any) -> tuple[list[float], str]:
+        model = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 2))
+        applied = add_residual(model, **options)
+        return [p.item() for name, p in model.named_parameters() if name.endswith("branch")], applied.changes[0]
+
+    scaled, words = branches(scaled=True)
+
+    assert scaled == [0.5] * 4
+    assert "starts at 0.5" in words
+    assert branches()[0] == [0.0] * 4

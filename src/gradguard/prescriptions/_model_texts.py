@@ -50,7 +50,7 @@ LAYERS: Mapping[str, RemedyText] = MappingProxyType(
             reference=HE,
         ),
         "leaky-relu": RemedyText(
-            reason="A small slope on the negative side lets a gradient through; weights that led there are drawn anew.",
+            reason="A small slope on the negative side lets a gradient through; weights are drawn anew, as these died.",
             code=call("leaky-relu", by_hand="nn.LeakyReLU(0.01) in place of nn.ReLU() in hidden layers"),
             expected="No unit is off for good: each gets at least a hundredth of its gradient.",
             reference="Maas, Hannun, Ng (2013), Rectifier Nonlinearities Improve Neural Network Acoustic Models, ICML",

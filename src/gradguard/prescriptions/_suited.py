@@ -74,7 +74,7 @@ def _initializations(finding: Finding, layers: Sequence[LayerProfile]) -> dict[s
     if activation in _ZERO_CENTRED:
         return {"he-initialization": ("xavier-initialization",), "lsuv": (orthogonal,)}
     if activation in _SIGMOIDS:
-        return {"lsuv": ()}
+        return {"lsuv": ("batch-norm",)}
     return {"he-initialization": ("lecun-initialization",)} if activation == "SELU" else {}
 
 

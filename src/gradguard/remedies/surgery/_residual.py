@@ -122,7 +122,11 @@ def add_residual(  # all are keywords with defaults
     branch = len(planned) ** -0.5 if scaled and planned else 0.0
     for block, skip, what in planned:
         kinds = ", ".join(describe(m).kind for m in block.members)
-        starts = f"that starts at 0 around {kinds}" if preserve else f"around {kinds}, whose own output starts at {branch:.2g}"
+        starts = (
+            f"that starts at 0 around {kinds}"
+            if preserve
+            else f"around {kinds}, whose own output starts at {branch:.2g}"
+        )
         words = f"{block.name}: {what} {starts}"
         edits.append(Edit(words=words, make=partial(_insert, block, skip, preserve=preserve, branch=branch)))
     return operate(
