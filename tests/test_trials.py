@@ -701,7 +701,7 @@ def test_a_short_trial_runs_on_where_no_loss_tells() -> None:
             batches,
             lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
             lambda model: torch.optim.Adam(model.parameters(), 1e-3),
-            candidates=["he-initialization", "leaky-relu", "residual-batch-norm"],
+            candidates=["he-initialization", "lsuv", "clip-norm"],
             run_steps=run_steps,
         )
 
