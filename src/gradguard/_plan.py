@@ -13,7 +13,7 @@ SHARE = 0.25
 _FINALISTS = 3
 """Candidates that are trained to the end. Source: ours, algorithms.md, section K."""
 
-_SIZES = ((80, 2, 3), (60, 2, 3), (40, 2, 3), (40, 1, 3), (24, 1, 3), (16, 1, 3), (16, 1, 2))
+_SIZES = ((80, 2, 3), (60, 2, 3), (40, 2, 3), (40, 1, 3), (24, 1, 3), (16, 1, 3), (16, 1, 2), (12, 1, 2))
 """Steps to the end, seeds of the finalists and finalists, largest first. Source: ours, algorithms.md, section K: 40
 steps pick within 0.03 of the best accuracy in 14 of 14 cases, 20 steps in 12."""
 
@@ -70,7 +70,7 @@ def make_plan(candidates: int, *, run_steps: int | None = None, steps: int | Non
 
     Example:
         >>> make_plan(6, run_steps=10_000).rungs, make_plan(6, run_steps=240).rungs
-        ((16, 40, 80), (3, 8, 16))
+        ((16, 40, 80), (2, 6, 12))
     """
     plans = [_plan(candidates, *size) for size in _SIZES]
     if steps is not None:
