@@ -10,7 +10,7 @@ __all__ = ["search_rate"]
 _FIRST_STEPS = 3
 """Steps for which each decade is tried. Ours: a rate that is too high shows in three."""
 
-_STEPS = 4
+_STEPS = 6
 """Steps for which the best decade and what lies around it are tried. Ours."""
 
 _DECADES = 8
