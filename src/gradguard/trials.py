@@ -29,9 +29,6 @@ _WIDELY_USEFUL = ("lower-learning-rate", "he-initialization", "batch-norm", "res
 """Cures to fall back on where none that the diagnosis names shows an effect. Source: ours, algorithms.md, section K:
 BatchNorm, a new initialization or a lower rate is the best cure of most nets there, whatever ails them."""
 
-_OF_LAYERS = frozenset({"GG101", "GG102", "GG301", "GG302", "GG403"})
-"""Illnesses of stacks of layers. A spike, say, is not cured by other layers, however well they begin."""
-
 _MOST_BATCHES = 80
 """Batches kept at most: as many as the longest trial has steps."""
 
@@ -123,8 +120,7 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         deadline=math.inf if seconds is None else started + seconds,
         progress=progress,
     )
-    stacked = candidates is None and any(finding.code in _OF_LAYERS for finding in _illnesses(diagnosis)[:1])
-    contest.run(entrants, _reserve(entrants) if stacked else ())
+    contest.run(entrants, _reserve(entrants) if candidates is None else ())
     ranking = contest.ranking()
     best = contest.best()
     return TrialResult(
