@@ -28,7 +28,6 @@ from gradguard.errors import UnsupportedModelError
 from gradguard.findings import Prescription, Severity
 from gradguard.outcomes import TrialResult
 from gradguard.preflight import check
-from gradguard.prescriptions import plain_prescription
 from gradguard.remedies import Applied, catalogue
 from gradguard.remedies.catalogue import Remedy, Target
 from tests.models import classification_loss, digit_batch, mlp
@@ -711,26 +710,3 @@ def test_a_short_trial_runs_on_where_no_loss_tells() -> None:
     assert short.control.steps == make_plan(3, run_steps=16).length
     assert longer.control.steps > make_plan(3, run_steps=240).length
     assert longer.cost_steps > short.cost_steps
-
-
-def test_where_no_prescribed_cure_tells_others_join() -> None:
-    """Clipping does nothing for a net whose gradient vanishes; cures that nobody prescribed enter, and one helps."""
-    torch.manual_seed(0)
-    layers = [layer for _ in range(12) for layer in (nn.Linear(16, 16), nn.Sigmoid())]
-    model = nn.Sequential(nn.Linear(64, 16), nn.Sigmoid(), *layers, nn.Linear(16, 10))
-    seen = check(model, digit_batch(64), classification_loss)
-    assert seen.primary is not None
-    finding = replace(seen.primary, prescriptions=(plain_prescription("clip-norm"),))
-
-    def trial(**options: Any) -> TrialResult:
-        data = [digit_batch(64, seed=step) for step in range(80)]
-        make = lambda model: torch.optim.Adam(model.parameters(), 1e-2)  # noqa: E731  # one line among options
-        return gradguard.trial(
-            model, data, classification_loss, make, diagnosis=replace(seen, findings=(finding,)), **options
-        )
-
-    joined = trial(run_steps=240)
-    assert {run.remedy for run in joined.runs} >= {"clip-norm", "batch-norm", "residual-batch-norm"}
-    assert joined.best is not None
-    assert joined.best.remedy in {"batch-norm", "residual-batch-norm"}
-    assert {run.remedy for run in trial(steps=16).runs} == {"clip-norm"}

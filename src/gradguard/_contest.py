@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from gradguard._entrant import FAILURES, SCREENED, Entrant, TimeUp, projected
+from gradguard._entrant import Entrant, projected
 from gradguard._plan import Plan
 from gradguard._race import Lane, Race, check_memory, checked_optimizer, copy_of, paired_gain
 from gradguard._rates import search_rate
 from gradguard._untouched import cuda_devices
-from gradguard.errors import UnsupportedModelError
+from gradguard.errors import GradGuardError
 from gradguard.findings import Effect, Prescription, Severity
 from gradguard.outcomes import TrialRun
 from gradguard.preflight import check
@@ -41,6 +41,16 @@ _WORTH_IT = 0.1
 
 _SURE = 2.0
 """Standard errors by which it must. Ours: one in twenty by chance."""
+
+_SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
+"""Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
+
+_FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError)
+"""How a remedy or a copy may fail; what else is raised is the user's to see."""
+
+
+class _Stop(Exception):  # noqa: N818  # not an error: time is up
+    """Time is up."""
 
 
 class Contest:
@@ -70,7 +80,6 @@ class Contest:
         self._progress = progress
         self._control: list[Lane] = []
         self._entrants: list[Entrant] = []
-        self._reserve: list[Entrant] = []
         self._mender: Entrant | None = None
         self._length = plan.length
         self.interrupted = False
@@ -80,19 +89,13 @@ class Contest:
         """Optimizer steps taken on copies so far."""
         return self._race.steps_taken
 
-    def run(self, entrants: list[Entrant], reserve: Sequence[Entrant] = ()) -> None:
-        """Run the race to its end, to the deadline or to an interrupt; what is known by then is kept.
-
-        Args:
-            entrants: Candidates, those to prefer first.
-            reserve: Candidates that enter where none of the others tells by the end of the plan.
-        """
-        self._entrants = list(entrants)
-        self._reserve = list(reserve)
+    def run(self, entrants: list[Entrant]) -> None:
+        """Run the race to its end, to the deadline or to an interrupt; what is known by then is kept."""
+        self._entrants = entrants
         check_memory(self._model, copies=len(entrants) + 1)
         try:
             self._run()
-        except (KeyboardInterrupt, TimeUp):
+        except (KeyboardInterrupt, _Stop):
             self.interrupted = True
 
     def _run(self) -> None:
@@ -124,22 +127,11 @@ class Contest:
                 for entrant in self._entrants:
                     if entrant.outcome == "dropped" and not entrant.screened:
                         entrant.outcome = entrant.out = ""
-                self._call_reserve()
             self._length = rung
             self._advance(self._control[0], rung)
             self._race_to(rung)
             if keep:
                 self._cut(rung, keep)
-
-    def _call_reserve(self) -> None:
-        """Let the reserve enter, if there is memory for more copies."""
-        try:
-            check_memory(self._model, copies=len(self._reserve))
-        except UnsupportedModelError:
-            return
-        self._entrants += self._reserve
-        for entrant in self._reserve:
-            self._enter(entrant)
 
     def _race_to(self, rung: int) -> None:
         for entrant in self._running():
@@ -191,7 +183,7 @@ class Contest:
     def _advance(self, lane: Lane, until: int) -> None:
         while len(lane.losses) < until and not lane.fault:
             if time.perf_counter() > self._deadline:
-                raise TimeUp
+                raise _Stop
             self._race.advance(lane, min(until, len(lane.losses) + 4))
 
     def _untreated(self, seed: int) -> Lane:
@@ -218,7 +210,7 @@ class Contest:
             if entrant.remedy.searched:
                 self._search_rate(entrant)
             entrant.lanes = [self._treated(entrant, 0)]
-        except FAILURES as error:
+        except _FAILURES as error:
             self._drop(entrant, "not possible", str(error).splitlines()[0] if str(error) else type(error).__name__)
 
     def _search_rate(self, entrant: Entrant) -> None:
@@ -235,7 +227,7 @@ class Contest:
 
     def _screen(self) -> None:
         """Drop cures that leave before the first step what a check sees in the untreated model."""
-        if self._illness not in SCREENED or self._illness not in self._found(copy_of(self._model)):
+        if self._illness not in _SCREENED or self._illness not in self._found(copy_of(self._model)):
             return
         hopeless = [
             entrant
@@ -252,7 +244,7 @@ class Contest:
         """Return the codes of what a check warns of, and of the illness itself however mild it looks there."""
         try:
             diagnosis = check(model, self._batch, self._compute_loss)
-        except FAILURES:
+        except _FAILURES:
             return set()
         return {
             item.code

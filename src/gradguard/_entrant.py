@@ -6,17 +6,10 @@ import math
 from dataclasses import dataclass, field
 
 from gradguard._race import Lane
-from gradguard.errors import GradGuardError
 from gradguard.findings import Prescription
 from gradguard.remedies.catalogue import Remedy
 
-__all__ = ["FAILURES", "SCREENED", "Entrant", "TimeUp", "projected"]
-
-SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
-"""Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
-
-FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError)
-"""How a remedy or a copy may fail; what else is raised is the user's to see."""
+__all__ = ["Entrant", "projected"]
 
 _OUTLOOK = 2.0
 """Halves of the steps so far by which a fall is projected. Ours."""
@@ -53,7 +46,3 @@ def projected(lane: Lane, rung: int) -> float:
     """Return where a loss would be after as many steps again, and twice as many."""
     early, late = lane.halves(rung)
     return late - _OUTLOOK * (early - late)
-
-
-class TimeUp(Exception):  # noqa: N818  # not an error
-    """Time is up."""

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["trial"]
 
-_WIDELY_USEFUL = ("lower-learning-rate", "he-initialization", "batch-norm", "residual-batch-norm")
-"""Cures to fall back on where none that the diagnosis names shows an effect. Source: ours, algorithms.md, section K:
-BatchNorm, a new initialization or a lower rate is the best cure of most nets there, whatever ails them."""
-
 _MOST_BATCHES = 80
 """Batches kept at most: as many as the longest trial has steps."""
 
@@ -53,9 +49,7 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     where that is at hand. All copies see the same batches and the same random numbers, an untreated copy among them.
     After a fifth and a half of the steps those behind are dropped; at most three run to the end, under two seeds where
     the budget allows. Among those within 5 % of the best gain the one that changes least is recommended. Learning rates
-    are searched by decades. Where a run is so short that no loss tells a cure from nothing within its trial, the trial
-    goes on to 80 steps, with those that were dropped and four cures that mend most stacks of layers; that costs more
-    than the quarter, and is stated. The model, its gradients, its modes and all random states stay as they are.
+    are searched by decades. The model, its gradients, its modes and all random states stay as they are.
 
     Args:
         model: Any module that can be copied.
@@ -120,7 +114,7 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         deadline=math.inf if seconds is None else started + seconds,
         progress=progress,
     )
-    contest.run(entrants, _reserve(entrants) if candidates is None else ())
+    contest.run(entrants)
     ranking = contest.ranking()
     best = contest.best()
     return TrialResult(
@@ -178,14 +172,6 @@ def _entrants(
         else:
             entrants.append(Entrant(prescription=cure, remedy=remedy))
     return entrants, tuple(impossible)
-
-
-def _reserve(entrants: Sequence[Entrant]) -> list[Entrant]:
-    """Return the cures that mend most stacks of layers, but for those that are tried anyway."""
-    tried = {entrant.prescription.remedy for entrant in entrants}
-    cures = [plain_prescription(name) for name in _WIDELY_USEFUL if name not in tried]
-    found = [(cure, catalogue.find(cure.remedy)) for cure in cures]
-    return [Entrant(prescription=cure, remedy=remedy) for cure, remedy in found if remedy is not None]
 
 
 def _with_effects(diagnosis: Diagnosis, ranking: Sequence[Prescription]) -> Diagnosis:
