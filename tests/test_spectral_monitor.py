@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import warnings
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import gradguard
@@ -166,3 +168,24 @@ def test_a_failure_switches_it_off_and_training_goes_on(monkeypatch: pytest.Monk
     assert "boom" in str(caught[0].message)
     assert guard.observations == 4
     assert np.isfinite(guard.history.parameter("grad_norm")).all()
+
+
+def test_a_report_in_depth_has_the_exact_spectra_of_the_weights_now() -> None:
+    """Every followed matrix is there with the numbers of the functions, the convolution at its input's size."""
+    torch.manual_seed(0)
+    model = Mixed()
+    guard = train(model, torch.randn(4, 6, 10))
+    diagnosis = guard.report(Console(file=io.StringIO(), width=100), deep=True)
+    rows = {row.name: row for row in diagnosis.spectra}
+    assert set(rows) == set(guard.history.matrices.names)
+    assert all(row.certified for row in rows.values())
+    block = dict(model.rnn.named_parameters())["weight_hh_l0"][8:16]
+    forget = rows["rnn.weight_hh_l0[forget]"]
+    assert forget.sigma_max == pytest.approx(spectra.sigma_max(block).value, rel=1e-5)
+    assert forget.spectral_radius == pytest.approx(spectra.spectral_radius(block).value, rel=1e-5)
+    assert forget.condition == pytest.approx(spectra.condition_number(block), rel=1e-3)
+    assert forget.stable_rank == pytest.approx(spectra.stable_rank(block), rel=1e-3)
+    assert forget.derivative_bound == 0.25
+    assert rows["conv.weight"].input_size == (10,)
+    assert rows["conv.weight"].sigma_max == pytest.approx(spectra.conv_sigma_max(model.conv, 10).value, rel=1e-3)
+    assert guard.diagnose().spectra == ()

@@ -12,10 +12,11 @@ from gradguard.findings import MatrixSpectrum
 from gradguard.monitors.spectral import followed_modules, is_followed, row_name
 from gradguard.spectra import NamedMatrix, conv_sigma_max, named_matrices, sigma_max, spectral_radius
 from gradguard.spectra._convolution import Conv
-from gradguard.spectra._tensors import scaled, whole
+from gradguard.spectra._dense import largest_and_condition
+from gradguard.spectra._tensors import whole
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 __all__ = ["exact_spectra"]
 
@@ -59,7 +60,7 @@ def _of_matrix(layer: str, found: NamedMatrix) -> MatrixSpectrum:
     matrix = whole(found.matrix)
     condition = math.nan
     if min(matrix.shape) <= _EXACT_SIDE:
-        largest, condition = _all_singular_values(matrix)
+        largest, condition = largest_and_condition(matrix)
         certified = True
     else:
         estimate = sigma_max(matrix, _RTOL, exact=False)
@@ -80,14 +81,3 @@ def _of_matrix(layer: str, found: NamedMatrix) -> MatrixSpectrum:
         spectral_radius=radius,
         derivative_bound=found.derivative_bound if found.is_recurrent else math.nan,
     )
-
-
-def _all_singular_values(matrix: Tensor) -> tuple[float, float]:
-    """Return the largest, and how many times the smallest it is: infinite where that is within rounding of zero."""
-    small, scale = scaled(matrix)
-    if scale == 0.0:
-        return 0.0, math.nan
-    values = torch.linalg.svdvals(small)
-    largest, least = float(values[0]), float(values[-1])
-    rounding = largest * max(matrix.shape) * torch.finfo(small.dtype).eps
-    return largest * scale, (largest / least if least > rounding else math.inf)

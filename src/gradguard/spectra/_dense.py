@@ -14,7 +14,15 @@ from gradguard.spectra._tensors import check_rtol, private_start, scaled, whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["as_matrix", "condition_number", "gram_bound", "power_iteration", "sigma_max", "stable_rank"]
+__all__ = [
+    "as_matrix",
+    "condition_number",
+    "gram_bound",
+    "largest_and_condition",
+    "power_iteration",
+    "sigma_max",
+    "stable_rank",
+]
 
 _EXACT_SIDE = 256
 """Smaller side up to which singular values are computed exactly unless asked otherwise: 4 ms on two CPU cores. Ours."""
@@ -175,12 +183,22 @@ def condition_number(weight: Tensor) -> float:
     Args:
         weight: Shape ``[rows, columns]``; computed exactly, 2 s for 4096 x 4096 on two CPU cores.
     """
-    matrix, scale = scaled(as_matrix(weight).double())
+    return largest_and_condition(as_matrix(weight).double())[1]
+
+
+def largest_and_condition(matrix: Tensor) -> tuple[float, float]:
+    """Return the largest singular value and the condition number, from all singular values; 0 and NaN for zeros.
+
+    Args:
+        matrix: As :func:`as_matrix` makes it; computed in its own precision.
+    """
+    small, scale = scaled(matrix)
     if scale == 0.0:
-        return math.nan
-    values = torch.linalg.svdvals(matrix)
-    limit = float(values[0]) * max(matrix.shape) * torch.finfo(matrix.dtype).eps
-    return float(values[0] / values[-1]) if float(values[-1]) > limit else math.inf
+        return 0.0, math.nan
+    values = torch.linalg.svdvals(small)
+    largest, least = float(values[0]), float(values[-1])
+    rounding = largest * max(matrix.shape) * torch.finfo(small.dtype).eps
+    return largest * scale, (largest / least if least > rounding else math.inf)
 
 
 def as_matrix(weight: Tensor) -> Tensor:
