@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.multiprocessing.spawn import spawn
 
 import gradguard
 from gradguard import clip
-from tests.test_distributed import free_port
+from tests.processes import run_ranks
 
 MAKERS: dict[str, Callable[..., clip.Clipper]] = {
     "norm": lambda m, **o: clip.Norm(m, 0.3, **o),
@@ -63,13 +61,6 @@ def train(model: nn.Module, make: Callable[..., clip.Clipper], rows: slice) -> l
     return seen
 
 
-def start(rank: int, port: int) -> None:
-    """Join the process group of two."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-
-
 def poison_and_step(model: nn.Module, rank: int, spoil: Callable[[], None]) -> dict[str, Any]:
     """Clip gradients that are bad on rank 1 alone; return what was decided and warned of."""
     clipper = clip.Norm(model, 1.0)
@@ -87,9 +78,8 @@ def poison_and_step(model: nn.Module, rank: int, spoil: Callable[[], None]) -> d
     }
 
 
-def ddp_rank(rank: int, port: int, folder: str) -> None:
+def ddp_rank(rank: int) -> dict[str, Any]:
     """Train with DDP on half of each batch, then let one rank's batch be NaN."""
-    start(rank, port)
     found: dict[str, Any] = {}
     for name in ("norm", "adaptive", "agc"):
         model = nn.parallel.DistributedDataParallel(net(), gradient_as_bucket_view=True)
@@ -100,13 +90,11 @@ def ddp_rank(rank: int, port: int, folder: str) -> None:
         model(torch.full((2, 5), math.nan if rank == 1 else 1.0)).sum().backward()
 
     found["poisoned"] = poison_and_step(model, rank, spoil)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
-def fsdp_rank(rank: int, port: int, folder: str) -> None:
+def fsdp_rank(rank: int) -> dict[str, Any]:
     """Train with sharded parameters on the whole batch, then let one rank's shard be NaN."""
-    start(rank, port)
     mesh = init_device_mesh("cpu", (2,))
     found: dict[str, Any] = {}
     for name, make in MAKERS.items():
@@ -128,8 +116,7 @@ def fsdp_rank(rank: int, port: int, folder: str) -> None:
     columns.grad = distribute_tensor(torch.ones(3, 4), mesh, [Shard(1)])
     clip.AGC([columns]).step()
     found["columns"] = whole(columns.grad)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def assert_same_run(found: list[Any], expected: list[Any]) -> None:
@@ -143,8 +130,7 @@ def assert_same_run(found: list[Any], expected: list[Any]) -> None:
 @pytest.mark.slow
 def test_ddp_ranks_clip_alike_and_skip_together(tmp_path: Path) -> None:
     """Norms and gradients are those of one process; NaN in one rank's batch makes both skip, and one warns."""
-    spawn(ddp_rank, args=(free_port(), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = run_ranks(ddp_rank, tmp_path)
 
     for name in ("norm", "adaptive", "agc"):
         assert_same_run(first[name], train(net(), MAKERS[name], slice(None)))
@@ -155,8 +141,7 @@ def test_ddp_ranks_clip_alike_and_skip_together(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sharded_gradients_are_clipped_like_whole_ones(tmp_path: Path) -> None:
     """Every method gives with FSDP2 what it gives in one process; inf in one rank's shard makes both skip."""
-    spawn(fsdp_rank, args=(free_port(), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = run_ranks(fsdp_rank, tmp_path)
 
     for name, make in MAKERS.items():
         expected = train(net(), make, slice(None))

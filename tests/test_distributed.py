@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,25 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 import gradguard
 from tests.models import digit_batch, mlp
+from tests.processes import run_ranks
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def train_rank(rank: int, port: int, folder: str) -> None:
-    """Train a sick net on one rank, and save what its guard saw."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def train_rank(rank: int) -> dict[str, Any]:
+    """Train a sick net on one rank, and return what its guard saw."""
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(mlp(12, nn.Sigmoid, init="xavier"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -46,23 +34,18 @@ def train_rank(rank: int, port: int, folder: str) -> None:
                 optimizer.step()
     diagnosis = guard.report()
     own = [w for w in caught if issubclass(w.category, gradguard.GradGuardWarning)]
-    torch.save(
-        {
-            "norms": guard.history.scalar("grad_norm").tolist(),
-            "names": guard.history.parameters.names,
-            "primary": diagnosis.primary.code if diagnosis.primary else None,
-            "warnings": len(own),
-        },
-        Path(folder) / f"{rank}.pt",
-    )
-    torch.distributed.destroy_process_group()
+    return {
+        "norms": guard.history.scalar("grad_norm").tolist(),
+        "names": guard.history.parameters.names,
+        "primary": diagnosis.primary.code if diagnosis.primary else None,
+        "warnings": len(own),
+    }
 
 
 @pytest.mark.slow
 def test_two_ranks_see_the_reduced_gradient_and_one_speaks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Both ranks read the gradient after the all-reduce, under the user's names; rank 0 warns and reports, once."""
-    spawn(train_rank, args=(free_port(), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = run_ranks(train_rank, tmp_path)
     expected = single_process_norms()
 
     assert first["norms"] == pytest.approx(expected, rel=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 import gradguard
 from tests.models import digit_batch, mlp
-from tests.test_distributed import free_port
+from tests.processes import run_ranks
 
 
-def rank_main(rank: int, port: int, folder: str) -> None:
+def rank_main(rank: int) -> dict[str, Any]:
     """Train with DDP on halves of batches; rank 1 alone gets a bad half at step 40 and NaN at step 50."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(mlp(3, init="he"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -41,15 +36,13 @@ def rank_main(rank: int, port: int, folder: str) -> None:
             guard.record(loss=loss)
             optimizer.step()
     texts = [str(w.message) for w in caught if issubclass(w.category, gradguard.GradGuardWarning)]
-    found: dict[str, Any] = {
+    return {
         "acts": [(act.step, act.kind, act.before, act.after, act.why) for act in guard.actions],
         "weights": [p.detach() for p in model.parameters()],
         "state": [v for s in optimizer.state.values() for v in s.values()],
         "remarks": guard.diagnose().actions[0].remarks,
         "told": [text for text in texts if "lr_backoff" in text or "NaN or infinity" in text],
     }
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -58,8 +51,7 @@ def test_ranks_skip_the_same_steps_and_stay_equal(tmp_path: Path) -> None:
 
     The learning rate is left alone, since ranks might judge their own losses differently, and that is said.
     """
-    spawn(rank_main, args=(free_port(), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = run_ranks(rank_main, tmp_path)
 
     assert [act[:2] for act in first["acts"]] == [(40, "skip"), (50, "skip")]
     assert [act[:4] for act in first["acts"]][:1] == [act[:4] for act in second["acts"]][:1]
