@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from benchmarks.clinic.case import Case, Half
 from benchmarks.clinic.cases import CASES
+from benchmarks.clinic.workshop import workshop_cases
 
 __all__ = ["SPLIT_FILE", "cases", "find", "half_of", "split"]
 
@@ -54,12 +55,12 @@ def half_of(name: str) -> Half:
 
 
 def find(name: str) -> Case:
-    """Return a case by name.
+    """Return a case of the clinic or of its workshop by name.
 
     Raises:
         KeyError: If there is none.
     """
-    for case in CASES:
+    for case in (*CASES, *workshop_cases()):
         if case.name == name:
             return case
     raise KeyError(f"the clinic has no case {name!r}; python -m benchmarks.clinic --list names them all")

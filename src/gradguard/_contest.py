@@ -136,6 +136,9 @@ class Contest:
     def _race_to(self, rung: int) -> None:
         for entrant in self._running():
             self._advance(entrant.lanes[0], rung)
+            if entrant.lanes[0].fault and entrant.remedy.searched:
+                self._lower_rate(entrant)
+                self._advance(entrant.lanes[0], rung)
             if entrant.lanes[0].fault:
                 self._drop(entrant, "diverged", entrant.lanes[0].fault)
 
@@ -224,6 +227,12 @@ class Contest:
 
         up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0
         entrant.prescription = with_factor(entrant.prescription, search_rate(attempt, up=up))
+
+    def _lower_rate(self, entrant: Entrant) -> None:
+        """Begin again at a tenth of a rate that was fine for the few steps of the search and too high for more."""
+        factor = float(entrant.prescription.arguments["factor"])
+        entrant.prescription = with_factor(entrant.prescription, 0.1 * factor)
+        entrant.lanes = [self._treated(entrant, 0)]
 
     def _screen(self) -> None:
         """Drop cures that leave before the first step what a check sees in the untreated model."""
@@ -334,14 +343,23 @@ class Contest:
     def _ranked(self) -> tuple[Entrant | None, list[Entrant]]:
         """Return the winner, if there is one, and all who ran to the end: the winner first, then by result."""
         finished = self._finished()
-        gains = [(entrant, self._gain(entrant)[0]) for entrant in finished if self._helps(entrant)]
-        if not gains:
+        helping = [entrant for entrant in finished if self._helps(entrant)]
+        if not helping:
             first = [] if self._mender is None else [self._mender]
             return self._mender, [*first, *(entrant for entrant in finished if entrant is not self._mender)]
-        most = max(gain for _, gain in gains)
-        near = [entrant for entrant, gain in gains if gain >= _NEAR_BEST * most or math.isinf(most)]
+        best = helping[0].result
+        most = max(0.0, self._start(best) - best)
+        near = [entrant for entrant in helping if entrant.result <= best + (1.0 - _NEAR_BEST) * most]
         winner = min(near, key=lambda entrant: (entrant.remedy.level, entrant.result))
         return winner, [winner, *(entrant for entrant in finished if entrant is not winner)]
+
+    def _start(self, best: float) -> float:
+        """Return from where gains are counted: what the untreated copy reached, or began with where it rose.
+
+        Against a copy that has diverged all cures gain the same, and the first one would do as well as the best.
+        """
+        losses = [self._control_loss(), *(lane.losses[0] for lane in self._control if lane.losses)]
+        return min((loss for loss in losses if math.isfinite(loss)), default=best)
 
     def best(self) -> Prescription | None:
         """Return what to recommend, with its effect; ``None`` where nothing helps by more than chance."""

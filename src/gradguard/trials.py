@@ -28,6 +28,10 @@ __all__ = ["trial"]
 _MOST_BATCHES = 80
 """Batches kept at most: as many as the longest trial has steps."""
 
+_OF_TRAINING = frozenset({"GG202", "GG203", "GG204", "GG301", "GG302", "GG501", "GG505"})
+"""Illnesses seen in training that weights may have had in them from the start: a net whose first weights are three
+times too large diverges at its first step, and what a guard sees is a rate that is too high. Ours."""
+
 
 def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     model: nn.Module,
@@ -96,7 +100,10 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     kept = Batches(batches, min(_MOST_BATCHES, steps) if steps is not None else _MOST_BATCHES)
     if diagnosis is None:
         diagnosis = check(model, kept.at(0, 0), compute_loss)
-    entrants, impossible = _entrants(diagnosis, candidates)
+    given = [plain_prescription(item) if isinstance(item, str) else item for item in candidates or ()]
+    if candidates is None:
+        given = _prescribed(diagnosis, lambda: check(model, kept.at(0, 0), compute_loss))
+    entrants, impossible = _entrants(given)
     if not entrants:
         note = (
             "Nothing is wrong, so nothing was tried."
@@ -150,15 +157,23 @@ def _illnesses(diagnosis: Diagnosis) -> list[Any]:
     ]
 
 
-def _entrants(
-    diagnosis: Diagnosis, candidates: Sequence[str | Prescription] | None
-) -> tuple[list[Entrant], tuple[TrialRun, ...]]:
+def _prescribed(diagnosis: Diagnosis, look: Callable[[], Diagnosis]) -> list[Prescription]:
+    """Return the cures for what is wrong, and then those for what may lie behind it in the first weights.
+
+    Args:
+        diagnosis: Of the run.
+        look: Checks the model as it was before the run.
+    """
+    illnesses = _illnesses(diagnosis)
+    cures = [cure for finding in illnesses for cure in finding.prescriptions]
+    if any(finding.code in _OF_TRAINING for finding in illnesses):
+        remarks = [*diagnosis.findings, *look().findings]
+        cures += [cure for finding in remarks if finding.standing for cure in finding.prescriptions]
+    return cures
+
+
+def _entrants(given: Sequence[Prescription]) -> tuple[list[Entrant], tuple[TrialRun, ...]]:
     """Return what can be tried, each remedy once, and what is advice only."""
-    given: list[Prescription] = []
-    if candidates is None:
-        given = [cure for finding in _illnesses(diagnosis) for cure in finding.prescriptions]
-    else:
-        given = [plain_prescription(item) if isinstance(item, str) else item for item in candidates]
     entrants, impossible, seen = [], [], set()
     for cure in given:
         if cure.remedy in seen:

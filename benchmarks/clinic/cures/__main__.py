@@ -29,6 +29,7 @@ from benchmarks.clinic.catalogue import cases, half_of
 from benchmarks.clinic.cures.rows import CureRow, append, read, run_case
 from benchmarks.clinic.cures.tables import case_lines, figures, show
 from benchmarks.clinic.results import source_hash
+from benchmarks.clinic.workshop import workshop_cases
 from gradguard.findings import to_plain
 
 
@@ -44,9 +45,14 @@ def run_all(jobs: Sequence[tuple[str, int]], workers: int) -> Iterator[CureRow]:
             yield future.result()
 
 
+def _part(name: str) -> str:
+    """Return which half a case is in, or that it is in the workshop."""
+    return "workshop" if name.startswith("workshop/") else half_of(name)
+
+
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--half", choices=("practice", "exam"), help="one half only")
+    parser.add_argument("--half", choices=("practice", "exam", "workshop"), help="one half only, or the workshop")
     parser.add_argument("--seeds", type=int, default=1, help="seeds per case")
     parser.add_argument("--cases", default="*", help="names to run, as a shell pattern; of the practice half")
     parser.add_argument("--healthy", action="store_true", help="run healthy cases as well: nothing may be recommended")
@@ -56,9 +62,10 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--any-source", action="store_true", help="take rows of other sources as well")
     arguments = parser.parse_args(given)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    names = [case.name for case in cases(arguments.half) if case.is_sick or arguments.healthy]
+    known = workshop_cases() if arguments.half == "workshop" else cases(arguments.half)
+    names = [case.name for case in known if case.is_sick or arguments.healthy]
     if arguments.cases != "*":
-        names = [name for name in names if fnmatch(name, arguments.cases) and half_of(name) == "practice"]
+        names = [name for name in names if fnmatch(name, arguments.cases) and _part(name) != "exam"]
     source = None if arguments.any_source else source_hash()
     done = {row.key for row in read(arguments.results, source=source)}
     jobs = [(name, seed) for seed in range(arguments.seeds) for name in names if (name, seed) not in done]
@@ -69,12 +76,12 @@ def main(given: Sequence[str] | None = None) -> int:
     console.print(f"{len(jobs)} cases in {time.monotonic() - started:.0f} s, {len(done)} in the file before")
     kept = [row for row in read(arguments.results, source=source) if row.case in names and row.seed < arguments.seeds]
     scores = {}
-    for half in ("practice", "exam"):
-        part = [row for row in kept if half_of(row.case) == half]
+    for half in ("workshop", "practice", "exam"):
+        part = [row for row in kept if _part(row.case) == half]
         if part:
             show(part, console, title=half)
             scores[half] = figures(part)
-        if half == "practice":
+        if half != "exam":
             for line in case_lines(part):
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

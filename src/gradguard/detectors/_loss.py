@@ -11,7 +11,15 @@ import numpy as np
 from gradguard.history import History
 from gradguard.records import FloatArray
 
-__all__ = ["BLOW_UP", "LossProgress", "Trend", "judge_losses", "loss_growth", "loss_progress"]
+__all__ = [
+    "BLOW_UP",
+    "LossProgress",
+    "Trend",
+    "judge_losses",
+    "loss_growth",
+    "loss_progress",
+    "still_at_chance",
+]
 
 _MINIMUM_LOSSES = 20
 """Losses needed for a judgement. Ours: two medians of ten."""
@@ -35,6 +43,10 @@ _CHANCE_BAND = (0.75, 1.5)
 _LEARNT = 0.5
 """Share of ln(classes) below which a classifier has learnt. Ours: with ten classes the true one then gets 3 times its
 share."""
+
+_LONG_AT_CHANCE = 100
+"""Steps after which a classifier should have left the loss of chance. Ours: a LeNet with sigmoid units, and nets whose
+rate is a thousandth of the usual one, are still there after 240; their twins are at half of it after 50."""
 
 BLOW_UP = 10.0
 """Factor by which a loss has grown, when it overflows, if steps that were too large drove it. Ours."""
@@ -83,6 +95,15 @@ def loss_progress(history: History) -> LossProgress:
     """Judge the losses of a run; see :func:`judge_losses`."""
     classes = history.info.classes
     return history.derived(("loss_progress", classes), lambda: judge_losses(history.losses[1], classes=classes))
+
+
+def still_at_chance(history: History) -> bool:
+    """Whether a classifier has been watched for 100 steps and its loss is still that of chance, creeping down or not.
+
+    Said beside something that is wrong as well, as some healthy nets stay on a plateau for longer.
+    """
+    steps = history.steps
+    return not math.isnan(loss_progress(history).chance) and bool(steps[-1] - steps[0] >= _LONG_AT_CHANCE)
 
 
 def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:

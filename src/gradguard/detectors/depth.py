@@ -21,7 +21,7 @@ from gradguard.detectors._depth import (
 )
 from gradguard.detectors._episodes import BoolArray, Episode, last_episode
 from gradguard.detectors._finding import make_finding
-from gradguard.detectors._loss import LossProgress, Trend, loss_progress
+from gradguard.detectors._loss import LossProgress, Trend, loss_progress, still_at_chance
 from gradguard.detectors._numbers import in_range, names_text, signal
 from gradguard.detectors._reasons import active_units, usual_input, usual_rate
 from gradguard.detectors._stream import stream_of, stream_spans
@@ -72,6 +72,8 @@ def find_depth(history: History, config: GuardConfig) -> Sequence[Finding]:
     observations and ``span_patience_steps`` steps, or at once with an optimizer that is known not to be adaptive (Adam
     rescues many nets, SGD none). A finding goes on until the span is within ``span_info`` decades again. Late in a run
     a gradient that grows by more than ``span_late_explosion`` decades is an error where the loss is known not to fall.
+
+    A loss of at least ``span_info`` decades is a warning, too, where a classifier is still at chance after 100 steps.
 
     A loss that has clearly fallen tempers the verdict: a late explosion within ``span_warning`` is then INFO, and so is
     a vanishing gradient within 1.5 times ``span_warning`` of a classifier under an adaptive optimizer; anything else
@@ -169,11 +171,10 @@ def _judge(run: _Run, code: str, begins: BoolArray, holds: BoolArray) -> Finding
 
 
 def _vanishing_severity(run: _Run, episode: Episode, loss: LossProgress) -> Severity:
-    if (
-        not episode.standing
-        or -float(np.nanmin(run.spans[episode.first : episode.last + 1])) <= run.config.span_warning
-    ):
+    if not episode.standing:
         return Severity.INFO
+    if -float(np.nanmin(run.spans[episode.first : episode.last + 1])) <= run.config.span_warning:
+        return Severity.WARNING if still_at_chance(run.history) else Severity.INFO
     if run.spans[episode.last] >= -run.config.span_warning:
         return Severity.WARNING if loss.stuck else Severity.INFO
     fallen = loss.trend is Trend.FALLEN

@@ -21,6 +21,11 @@ from gradguard.records import StepRecord
 
 __all__ = ["find_poor_initialization"]
 
+_FAR_ABOVE_CHANCE = 3.0
+"""Times ln(classes) that a classifier's first loss must be for its first weights to be at fault beyond doubt. Source:
+Karpathy, CS231n notes, "Neural networks part 3": look for the loss of chance at the start; the factor is ours: with
+ten classes the true one is then given a hundredth of its share."""
+
 _WORTH_SAYING = 1.0
 """Decades over all layers from which a gain is worth a remark. Ours: half of what is mentioned for the gradient."""
 
@@ -31,7 +36,8 @@ def find_poor_initialization(history: History, config: GuardConfig) -> Sequence[
     Looked at is the first step, over ``minimum_depth_layers`` or more layers without normalization between most of
     them: the factor per layer lies outside ``initial_gain``, adds up to a decade, and weights explain it rather than
     activations, dead or saturated units or one layer alone. It is a remark beside GG101 and GG102; a warning where the
-    measured span was, and still is, beyond ``span_warning``. Once training has halved the span nothing is said.
+    measured span was, and still is, beyond ``span_warning``, or where weights that are too large give a classifier a
+    first loss of more than three times that of chance. Once training has halved the span nothing is said.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``delta_norm`` at step 0.
@@ -63,13 +69,17 @@ def find_poor_initialization(history: History, config: GuardConfig) -> Sequence[
     if now * span <= 0.0 or abs(now) < 0.5 * abs(span):  # training has put it right
         return []
     lasting = min(abs(span), abs(now)) > config.span_warning
+    times = _times_chance(history)
+    loud = span > 0.0 and times > _FAR_ABOVE_CHANCE
     kind = explained.evidence.get("activation")
     activation = str(kind.value) if kind is not None else ""
     evidence = _evidence(record, layers, gain, activation)
+    if loud:
+        evidence["first_loss"] = Evidence(value=times, unit="times", note="that of chance, ln(classes)")
     return [
         make_finding(
             "GG403",
-            Severity.WARNING if lasting else Severity.INFO,
+            Severity.WARNING if lasting or loud else Severity.INFO,
             _message(gain, len(layers), evidence),
             step=0,
             last_step=0,
@@ -90,7 +100,17 @@ def _message(gain: float, layers: int, evidence: dict[str, Evidence]) -> str:
     if "weight_deviation" in evidence and "critical_deviation" in evidence:
         here, wanted = evidence["weight_deviation"].value, evidence["critical_deviation"].value
         text += f" (their gain is {here:.2g}, {wanted:.3g} would keep its size)"
+    if "first_loss" in evidence:
+        text += f", and the first loss is {evidence['first_loss'].value:.2g} times that of chance"
     return f"{text}."
+
+
+def _times_chance(history: History) -> float:
+    """Return the loss of step 0 over ln(classes), NaN where it is not known or no classifier's."""
+    steps, losses = history.losses
+    if history.info.classes < 2 or not losses.size or steps[0] != 0:
+        return math.nan
+    return float(losses[0]) / math.log(history.info.classes)
 
 
 def _evidence(record: StepRecord, layers: list[int], gain: float, activation: str) -> dict[str, Evidence]:

@@ -9,7 +9,15 @@ import numpy as np
 from gradguard.config import GuardConfig
 from gradguard.detectors._episodes import BoolArray, Episode, last_episode
 from gradguard.detectors._finding import make_finding
-from gradguard.detectors._loss import BLOW_UP, LossProgress, Trend, judge_losses, loss_growth, loss_progress
+from gradguard.detectors._loss import (
+    BLOW_UP,
+    LossProgress,
+    Trend,
+    judge_losses,
+    loss_growth,
+    loss_progress,
+    still_at_chance,
+)
 from gradguard.detectors._numbers import power_of_ten
 from gradguard.detectors._spikes import leap
 from gradguard.detectors._updates import comparable, matrix_ratios, median_ratios, ratio_quantile
@@ -30,12 +38,10 @@ _FAST_QUARTER = 0.75
 """Quantile that must lie below ``update_ratio_low``: while a quarter of the matrices move, the rate is not too low.
 Ours: discriminative rates and thawed layers leave most of a healthy net standing still."""
 
-_AT_CHANCE = 10.0
+_AT_CHANCE = 50.0
 """Times ``update_ratio_low`` below which a classifier that has stayed at chance for 100 steps is too slow. Ours:
-healthy nets fall to 10^-5.9 only once they have converged, and at a usual rate a plateau at chance shows 10^-3."""
-
-_LONG_AT_CHANCE = 100
-"""Steps at chance that this takes. Ours."""
+healthy nets fall to 10^-5.9 only once they have converged, and at a usual rate a plateau at chance shows 10^-3; rates
+of a thousandth of the usual one show 10^-4.7 to 10^-4.5."""
 
 _DOUBLED = 2.0
 """Growth of a weight's norm that makes its rate too high by itself. Ours: a ratio of update to weight of 0.1 needs
@@ -58,7 +64,8 @@ def find_learning_rate(history: History, config: GuardConfig) -> Sequence[Findin
 
     Too low: three quarters of the matrices stay below ``update_ratio_low`` for ``update_patience`` consecutive
     observations up to the last, the loss is flat, and neither warm-up, nor the end of a schedule, nor convergence
-    explains it.
+    explains it. Of a classifier that is still at chance after 100 steps 50 times that is too low, even where its loss
+    creeps down.
 
     Vectors, embeddings and what began at zero are left out. Nothing is said in a check before the first step.
 
@@ -144,13 +151,15 @@ def find_too_low(history: History, config: GuardConfig) -> Finding | None:
         config: Thresholds.
     """
     loss = loss_progress(history)
-    if not len(history) or loss.trend is not Trend.FLAT or loss.learnt:
+    if not len(history) or loss.learnt:
+        return None
+    steps = history.steps.astype(np.int64)
+    at_chance = still_at_chance(history)
+    if loss.trend is not Trend.FLAT and not (at_chance and loss.trend is Trend.FALLING):
         return None
     ratios = np.where(history.parameter("lr") == 0.0, np.nan, matrix_ratios(history))
     fastest = ratio_quantile(ratios, _FAST_QUARTER)
     known = ~np.isnan(fastest)
-    steps = history.steps.astype(np.int64)
-    at_chance = not np.isnan(loss.chance) and steps[-1] - steps[0] >= _LONG_AT_CHANCE
     limit = config.update_ratio_low * (_AT_CHANCE if at_chance else 1.0)
     mask = fastest < limit
     episode = last_episode(mask, known=known, patience=config.update_patience)
@@ -162,7 +171,7 @@ def find_too_low(history: History, config: GuardConfig) -> Finding | None:
         "GG502",
         Severity.WARNING,
         f"The learning rate is too low: a step changes the weights {by} (upper quartile over matrices; about "
-        f"{power_of_ten(_TARGET)} is usual), and the loss does not fall.",
+        f"{power_of_ten(_TARGET)} is usual), and the loss {'does not fall' if loss.stuck else 'has not left chance'}.",
         step=int(steps[episode.first]),
         last_step=int(steps[episode.last]),
         cause=Cause.LEARNING_RATE,

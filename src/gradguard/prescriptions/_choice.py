@@ -59,7 +59,7 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG401", None): ("chrono-initialization", "forget-gate-bias", "orthogonal-recurrent", "gated-cell", "lstm"),
         ("GG402", None): ("lower-learning-rate", "weight-decay", "qk-norm", "spectral-norm"),
         ("GG403", None): ("he-initialization", "lsuv", "layer-norm", "residual"),
-        ("GG501", None): _RATE,
+        ("GG501", None): (*_RATE, "lsuv"),
         ("GG502", None): ("higher-learning-rate",),
         ("GG503", Cause.WIRING): ("add-to-optimizer", "freeze"),
         ("GG503", Cause.LEARNING_RATE): ("set-learning-rate", "freeze"),

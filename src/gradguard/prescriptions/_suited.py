@@ -17,6 +17,9 @@ _SIGMOIDS = frozenset({"Sigmoid", "Hardsigmoid", "LogSigmoid"})
 7 of 11 decades lost."""
 
 _BY_EXAMPLE = ("LayerNorm", "RMSNorm")
+_MADE_BY_STEPS = frozenset({"GG101", "GG102", "GG301", "GG302"})
+"""Illnesses of layers that good first weights do not have, and steps that are too large make."""
+
 _GATED = ("LSTM", "GRU")
 _PLAIN = "RNN"
 
@@ -29,7 +32,7 @@ def suited(names: Iterable[str], finding: Finding, layers: Sequence[LayerProfile
         finding: What they are for.
         layers: The model's layers; empty where unknown.
     """
-    names = _for_missing_gradients(names, finding)
+    names = _for_onset(_for_missing_gradients(names, finding), finding)
     names = _for_cells(names, finding, layers)
     changes = {
         **_initializations(finding, layers),
@@ -53,6 +56,12 @@ def _for_missing_gradients(names: Iterable[str], finding: Finding) -> tuple[str,
     if finding.code == "GG104" and kind is not None:
         names = ("freeze",) if kind.value == "unused" else ("remove-detach", "freeze-module")
     return tuple(name for name in names if finding.layer or name != "freeze-module")
+
+
+def _for_onset(names: Iterable[str], finding: Finding) -> tuple[str, ...]:
+    """Begin with the learning rate where training has made what was not there before the first step."""
+    made = finding.code in _MADE_BY_STEPS and finding.step > 0
+    return tuple(dict.fromkeys(("lower-learning-rate", *names))) if made else tuple(names)
 
 
 def _for_cells(names: Iterable[str], finding: Finding, layers: Sequence[LayerProfile]) -> tuple[str, ...]:

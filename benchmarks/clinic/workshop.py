@@ -1,0 +1,262 @@
+"""Sick networks to choose cures on: the usual faults, each over depths, widths, activations, tasks and optimizers.
+
+They belong to neither half of the clinic and score nothing. The halves hold few cases of each fault, so cures chosen on
+one half alone fit its networks; here the same fault comes in many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from benchmarks.clinic.case import Case, Job, healthy, sick
+from benchmarks.clinic.workshop_nets import (
+    GRU,
+    LSTM,
+    NARROW,
+    NORMAL,
+    RNN,
+    UNIFORM,
+    attention_scale,
+    autoencoder,
+    biases,
+    called,
+    classifier,
+    convolutions,
+    decoder,
+    gate,
+    lenet,
+    letters,
+    query_key,
+    reader,
+    recall,
+    regression,
+    residual,
+    rows,
+    scale_layers,
+)
+
+__all__ = ["workshop_cases"]
+
+_PREFIX = "workshop/"
+
+_Pair: TypeAlias = tuple[str, str, str, Callable[[int], Job], Callable[[int], Job]]
+"""Name, code, about, and the makers of the sick run and of its twin."""
+
+
+def _pair(name: str, code: str, twin: dict[str, Any], fault: dict[str, Any]) -> _Pair:
+    return name, code, str(fault), partial(classifier, **{**twin, **fault}), partial(classifier, **twin)
+
+
+def _scaled() -> Iterator[_Pair]:
+    """Yield perceptrons whose first weights have the wrong scale for their depth."""
+    kinds: tuple[Callable[[], nn.Module], ...] = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.ELU, nn.GELU)
+    sigmoid, tanh, relu, elu, gelu = kinds
+    for depth, width, task, optimizer in (
+        (7, 64, "digits", "sgd"),
+        (12, 32, "cancer", "adam"),
+        (24, 64, "digits", "adamw"),
+        (40, 48, "digits", "adam"),
+        (60, 64, "digits", "adam"),
+    ):
+        twin = {"depth": depth, "width": width, "task": task, "optimizer": optimizer, "activation": tanh}
+        twin["init"] = "orthogonal"
+        yield _pair(f"sigmoid-{depth}-{optimizer}", "GG101", twin, {"activation": sigmoid, "init": "xavier"})
+    for kind, depth, gain, task, optimizer in (
+        (relu, 10, 0.25, "cancer", "sgd"),
+        (relu, 14, 0.4, "digits", "adam"),
+        (relu, 26, 0.6, "digits", "adamw"),
+        (relu, 8, 0.1, "circles", "adam"),
+        (tanh, 16, 0.4, "digits", "adam"),
+        (tanh, 30, 0.6, "digits", "sgd"),
+        (elu, 12, 0.3, "digits", "rmsprop"),
+        (gelu, 18, 0.5, "digits", "adamw"),
+        (nn.SiLU, 12, 0.5, "wine", "adam"),
+        (nn.LeakyReLU, 20, 0.5, "digits", "sgd"),
+    ):
+        twin = {"depth": depth, "activation": kind, "task": task, "optimizer": optimizer}
+        yield _pair(f"small-{called(kind)}-{depth}-{optimizer}", "GG101", twin, {"gain": gain})
+    for kind, depth, task, optimizer in (
+        (relu, 14, "digits", "adam"),
+        (relu, 24, "digits", "sgd"),
+        (relu, 16, "cancer", "adamw"),
+        (gelu, 16, "digits", "sgd"),
+        (elu, 20, "digits", "sgd"),
+    ):
+        twin = {"depth": depth, "activation": kind, "task": task, "optimizer": optimizer}
+        yield _pair(f"default-{called(kind)}-{depth}-{optimizer}", "GG101", twin, {"init": "default"})
+    for kind, depth, gain, task, optimizer in (
+        (relu, 8, 3.0, "digits", "sgd"),
+        (relu, 12, 1.8, "digits", "adam"),
+        (relu, 20, 1.5, "cancer", "adamw"),
+        (nn.LeakyReLU, 12, 2.0, "wine", "adam"),
+        (elu, 14, 2.5, "digits", "adam"),
+        (gelu, 10, 2.5, "digits", "sgd"),
+    ):
+        twin = {"depth": depth, "activation": kind, "task": task, "optimizer": optimizer}
+        yield _pair(f"large-{called(kind)}-{depth}-{optimizer}", "GG102", twin, {"gain": gain})
+    for kind, depth, gain, optimizer in ((tanh, 6, 6.0, "adam"), (tanh, 10, 4.0, "sgd"), (sigmoid, 4, 12.0, "adam")):
+        twin = {"depth": depth, "activation": kind, "optimizer": optimizer}
+        yield _pair(f"saturated-{called(kind)}-{depth}-{optimizer}", "GG302", twin, {"gain": gain})
+
+
+def _spoilt() -> Iterator[_Pair]:
+    """Yield perceptrons with single layers, weights, features, epsilons or learning rates spoilt."""
+    kinds: tuple[Callable[[], nn.Module], ...] = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.ELU, nn.GELU)
+    sigmoid, tanh, relu, elu, gelu = kinds
+    for name, depth, task, optimizer, fault in (
+        ("dead-one", 8, "digits", "adam", biases(-10.0, 4)),
+        ("dead-all", 5, "digits", "sgd", biases(-4.0)),
+        ("dead-half", 10, "cancer", "adamw", biases(-2.0)),
+        ("dead-wine", 6, "wine", "adam", biases(-3.0, 2, 3)),
+        ("tiny-one", 8, "digits", "sgd", scale_layers(1e-3, 3)),
+        ("tiny-first", 10, "digits", "adam", scale_layers(1e-4, 0, 1)),
+        ("huge-one", 8, "digits", "sgd", scale_layers(50.0, 4)),
+        ("huge-head", 6, "digits", "adam", scale_layers(100.0, -1)),
+    ):
+        code = "GG301" if "dead" in name else "GG101" if "tiny" in name else "GG102"
+        yield _pair(
+            f"{name}-{optimizer}", code, {"depth": depth, "task": task, "optimizer": optimizer}, {"fault": fault}
+        )
+    for name, kind, task, optimizer, inputs, offset in (
+        ("pixels-relu", relu, "digits", "sgd", 120.0, 128.0),
+        ("pixels-tanh", tanh, "digits", "adam", 120.0, 128.0),
+        ("thousandths", relu, "cancer", "sgd", 1e-3, 0.0),
+        ("far-off", relu, "wine", "adam", 1.0, 300.0),
+        ("sigmoid-far", sigmoid, "cancer", "adam", 40.0, 100.0),
+    ):
+        twin = {"depth": 3, "activation": kind, "task": task, "optimizer": optimizer}
+        yield _pair(f"{name}-{optimizer}", "GG302", twin, {"inputs": inputs, "offset": offset})
+    for name, kind, depth, task, optimizer, fault in (
+        ("normal", relu, 4, "digits", "sgd", NORMAL),
+        ("normal", tanh, 5, "digits", "adam", NORMAL),
+        ("normal", relu, 6, "cancer", "adam", NORMAL),
+        ("uniform", relu, 4, "wine", "sgd", UNIFORM),
+        ("uniform", sigmoid, 3, "digits", "adam", UNIFORM),
+        ("narrow", relu, 6, "digits", "sgd", NARROW),
+        ("narrow", tanh, 8, "digits", "adam", NARROW),
+        ("narrow", elu, 5, "circles", "adam", NARROW),
+        ("negative", relu, 7, "digits", "rmsprop", biases(-1.5)),
+        ("negative", gelu, 5, "digits", "sgd", biases(-4.0)),
+        ("saturating", sigmoid, 3, "digits", "adam", biases(-12.0)),
+        ("saturating", tanh, 4, "wine", "sgd", biases(6.0)),
+    ):
+        code = {"narrow": "GG101", "negative": "GG301", "saturating": "GG302"}.get(name, "GG102")
+        twin = {"depth": depth, "activation": kind, "task": task, "optimizer": optimizer}
+        yield _pair(f"{name}-{called(kind)}-{depth}-{optimizer}", code, twin, {"fault": fault})
+    for kind, depth, task, optimizer in (
+        (relu, 5, "digits", "adam"),
+        (tanh, 4, "cancer", "adamw"),
+        (elu, 6, "digits", "rmsprop"),
+    ):
+        twin = {"depth": depth, "activation": kind, "task": task, "optimizer": optimizer}
+        yield _pair(f"epsilon-{called(kind)}-{optimizer}", "GG504", twin, {"optimizer": f"{optimizer}-epsilon"})
+    for optimizer, kind, depth, rate in (
+        ("sgd", sigmoid, 3, 300.0),
+        ("adamw", gelu, 8, 50.0),
+        ("adam", tanh, 10, 30.0),
+        ("rmsprop", elu, 4, 1e-3),
+        ("sgd", relu, 4, 60.0),
+        ("sgd", tanh, 6, 100.0),
+        ("adam", relu, 6, 100.0),
+        ("adam", elu, 3, 1000.0),
+        ("rmsprop", relu, 5, 100.0),
+        ("adagrad", tanh, 4, 100.0),
+        ("sgd", relu, 6, 1e-3),
+        ("adam", gelu, 4, 1e-3),
+        ("adamw", tanh, 8, 1e-4),
+        ("adagrad", relu, 4, 1e-3),
+    ):
+        word, code = ("high", "GG501") if rate > 1.0 else ("low", "GG502")
+        twin = {"depth": depth, "activation": kind, "optimizer": optimizer}
+        yield _pair(f"rate-{word}-{called(kind)}-{depth}-{optimizer}", code, twin, {"rate": rate})
+
+
+_DEEP: dict[str, Any] = {"depth": 12, "activation": nn.Tanh}
+_ADAM: dict[str, Any] = {"optimizer": "adam"}
+_OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]], ...] = (
+    ("regression-small", "GG101", regression, {"depth": 10, "optimizer": "adam"}, {"gain": 0.2}),
+    ("regression-sigmoid", "GG101", regression, _DEEP, {"activation": nn.Sigmoid, "gain": 0.7}),
+    ("regression-large", "GG102", regression, {"depth": 6}, {"gain": 3.0}),
+    ("regression-targets", "GG501", regression, {}, {"targets": 100.0}),
+    ("regression-spikes", "GG103", regression, {}, {"spike": 1e3}),
+    ("regression-spikes-adam", "GG103", regression, _ADAM, {"spike": 1e4}),
+    ("regression-targets-adam", "GG502", regression, _ADAM, {"targets": 300.0}),
+    ("regression-rate", "GG501", regression, {"activation": nn.Tanh}, {"rate": 60.0}),
+    ("regression-rate-low", "GG502", regression, {}, {"rate": 1e-3}),
+    ("conv-normal", "GG102", convolutions, {"depth": 4}, {"fault": NORMAL}),
+    ("conv-narrow", "GG101", convolutions, {"depth": 6, "optimizer": "sgd"}, {"fault": NARROW}),
+    ("conv-negative", "GG301", convolutions, {"depth": 6}, {"fault": biases(-1.0)}),
+    ("conv-rate-sgd", "GG501", convolutions, {"depth": 5, "optimizer": "sgd"}, {"rate": 60.0}),
+    ("lenet-rate", "GG501", lenet, {}, {"rate": 60.0}),
+    ("lenet-tanh-normal", "GG302", lenet, {"activation": nn.Tanh}, {"fault": NORMAL}),
+    ("residual-normal", "GG102", residual, {"blocks": 6, "optimizer": "sgd"}, {"branch_gain": 4.0}),
+    ("residual-rate-sgd", "GG501", residual, {"blocks": 8, "optimizer": "sgd"}, {"rate": 100.0}),
+    ("residual-rate-low", "GG502", residual, {"blocks": 6, "norm": nn.LayerNorm}, {"rate": 1e-4}),
+    ("autoencoder-narrow", "GG101", autoencoder, {"depth": 4}, {"gain": 0.1}),
+    ("autoencoder-rate-low", "GG502", autoencoder, {}, {"rate": 1e-3}),
+    ("decoder-attention-one", "GG701", decoder, {"layers": 3}, {"fault": query_key(40.0, blocks=(1,))}),
+    ("reader-unscaled", "GG702", reader, {"layers": 3}, {"fault": attention_scale(8.0)}),
+    ("reader-rate-low", "GG502", reader, {}, {"rate": 1e-3}),
+    ("reader-post-rate-12", "GG501", reader, {"layers": 8, "pre_norm": False}, {"rate": 30.0}),
+    ("recall-lstm-forgets", "GG111", recall, {**LSTM, "length": 40}, {"fault": gate(-3.0)}),
+    ("recall-gru-forgets", "GG111", recall, {**GRU, "length": 40}, {"fault": gate(-3.0)}),
+    ("recall-rnn-shrinks", "GG111", recall, {**RNN, "length": 30}, {"gain": 0.7}),
+    ("recall-rnn-grows", "GG112", recall, {**RNN, "length": 50}, {"gain": 1.6}),
+    ("recall-rate", "GG501", recall, {**LSTM, "length": 24}, {"rate": 100.0}),
+    ("letters-rnn-rate", "GG501", letters, {"kind": nn.RNN}, {"rate": 60.0}),
+    ("letters-gru-rate-low", "GG502", letters, {"kind": nn.GRU}, {"rate": 3e-4}),
+    ("rows-rnn-rate-sgd", "GG501", rows, {"kind": nn.RNN, "optimizer": "sgd"}, {"rate": 200.0}),
+    ("regression-dead-output", "GG301", regression, {"optimizer": "adam"}, {"relu_output": True}),
+    ("conv-default-14", "GG101", convolutions, {"depth": 14}, {"init": "default"}),
+    ("conv-small-8", "GG101", convolutions, {"depth": 8}, {"fault": scale_layers(0.3, *range(8))}),
+    ("conv-large-8", "GG102", convolutions, {"depth": 8}, {"fault": scale_layers(2.0, *range(8))}),
+    ("conv-dead", "GG301", convolutions, {"depth": 5}, {"fault": biases(-5.0, 2)}),
+    ("conv-rate", "GG501", convolutions, {"depth": 5}, {"rate": 60.0}),
+    ("conv-rate-low", "GG502", convolutions, {"depth": 4, "optimizer": "sgd"}, {"rate": 1e-3}),
+    ("lenet-sigmoid", "GG101", lenet, {}, {"activation": nn.Sigmoid}),
+    ("lenet-dead", "GG301", lenet, {}, {"fault": biases(-6.0, 2)}),
+    ("lenet-large", "GG102", lenet, {"optimizer": "sgd"}, {"fault": scale_layers(4.0, 0, 1, 2, 3)}),
+    ("residual-large-12", "GG102", residual, {"blocks": 12}, {"branch_gain": 1.5}),
+    ("residual-large-30", "GG102", residual, {"blocks": 30, "optimizer": "sgd"}, {"branch_gain": 1.0}),
+    ("residual-rate", "GG501", residual, {"blocks": 6, "norm": nn.LayerNorm}, {"rate": 100.0}),
+    ("autoencoder-sigmoid", "GG101", autoencoder, {"depth": 5}, {"activation": nn.Sigmoid}),
+    ("autoencoder-small", "GG101", autoencoder, {"activation": nn.ReLU, "depth": 4}, {"gain": 0.2}),
+    ("autoencoder-large", "GG302", autoencoder, {"depth": 4}, {"gain": 5.0}),
+    ("autoencoder-rate", "GG501", autoencoder, {}, {"rate": 100.0}),
+    ("reader-attention-sharp", "GG701", reader, {}, {"fault": query_key(12.0)}),
+    ("reader-attention-one", "GG701", reader, {"layers": 4}, {"fault": query_key(30.0, blocks=(2,))}),
+    ("decoder-attention-sharp", "GG701", decoder, {}, {"fault": query_key(15.0)}),
+    ("decoder-unscaled", "GG702", decoder, {}, {"fault": attention_scale(4.0)}),
+    ("reader-post-rate", "GG501", reader, {"layers": 6, "pre_norm": False}, {"rate": 10.0}),
+    ("reader-rate", "GG501", reader, {"layers": 3}, {"rate": 60.0}),
+    ("decoder-rate", "GG501", decoder, {}, {"rate": 50.0}),
+    ("decoder-rate-low", "GG502", decoder, {}, {"rate": 1e-3}),
+    ("recall-rnn-40", "GG111", recall, {"kind": nn.RNN, "start": "orthogonal", "length": 40}, {"start": "default"}),
+    ("recall-rnn-70", "GG111", recall, {"kind": nn.RNN, "start": "orthogonal", "length": 70}, {"gain": 0.6}),
+    ("recall-lstm-60", "GG111", recall, {"kind": nn.LSTM, "start": "chrono", "length": 60}, {"start": "default"}),
+    ("recall-gru-80", "GG111", recall, {"kind": nn.GRU, "start": "keep", "length": 80}, {"start": "default"}),
+    ("recall-rnn-explodes", "GG112", recall, {"kind": nn.RNN, "start": "orthogonal", "length": 40}, {"gain": 2.5}),
+    ("letters-irnn", "GG112", letters, {"kind": nn.RNN, "identity": 1.0}, {"identity": 1.4}),
+    ("letters-rate", "GG501", letters, {}, {"rate": 60.0}),
+    ("letters-rate-low", "GG502", letters, {}, {"rate": 1e-3}),
+    ("rows-rate", "GG501", rows, {"kind": nn.RNN}, {"rate": 100.0}),
+)
+"""Name, code, maker, options of the healthy twin, and what the sick run has instead."""
+
+
+@cache
+def workshop_cases() -> tuple[Case, ...]:
+    """Return the sick cases, each followed by its healthy twin."""
+    made: list[Case] = []
+    others: Iterator[_Pair] = (
+        (name, code, str(fault), partial(make, **{**twin, **fault}), partial(make, **twin))
+        for name, code, make, twin, fault in _OTHERS
+    )
+    for name, code, about, spoilt, sound in (*_scaled(), *_spoilt(), *others):
+        twin = healthy(f"{_PREFIX}{name}-twin", sound, "the same without the fault", learns=0.3)
+        made += [sick(_PREFIX + name, spoilt, about, code=code, twin=twin.name), twin]
+    return tuple(made)
