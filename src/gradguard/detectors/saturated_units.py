@@ -11,7 +11,7 @@ from gradguard.config import GuardConfig
 from gradguard.detectors._depth import TRUNK_ROLES
 from gradguard.detectors._episodes import BoolArray, last_episode
 from gradguard.detectors._finding import make_finding
-from gradguard.detectors._loss import LossProgress, Trend, loss_progress, still_at_chance
+from gradguard.detectors._loss import LossProgress, Trend, loss_progress
 from gradguard.detectors._numbers import names_text, percent
 from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
 from gradguard.history import History
@@ -39,9 +39,9 @@ def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Find
     ``saturated_fraction`` saturated units, a measured gain across the activation below a fifth of its largest
     derivative, both for ``update_patience`` consecutive observations, and a loss that is known not to fall. While the
     loss is not known yet it is a warning where it was so at step 0, before any training, and INFO else. A loss that
-    falls makes it no finding, unless a classifier is still at chance after 100 steps, or next to nothing passes a layer
-    at all: then what falls is the work of the layers behind it. An output activation, with no layer after it, is left
-    out: it is meant to reach its ends. A check before the first step speaks after one look.
+    falls makes it no finding, unless next to nothing passes a layer at all: then what falls is the work of the layers
+    behind it. An output activation, with no layer after it, is left out: it is meant to reach its ends. A check before
+    the first step speaks after one look.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``saturated_fraction`` and ``delta_norm``.
@@ -74,7 +74,7 @@ def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Find
 
 def _severity(history: History, loss: LossProgress, first: int, *, cut: bool) -> Severity | None:
     """Return how much it matters, ``None`` where the loss says that it does not."""
-    if loss.stuck or history.info.preflight or still_at_chance(history):
+    if loss.stuck or history.info.preflight:
         return Severity.WARNING
     if loss.trend is Trend.UNKNOWN:
         return Severity.WARNING if history.steps[first] == 0 else Severity.INFO
