@@ -37,6 +37,8 @@ from benchmarks.clinic.workshop_nets import (
     residual,
     rows,
     scale_layers,
+    snippets,
+    two_branches,
 )
 
 __all__ = ["workshop_cases"]
@@ -175,6 +177,39 @@ def _spoilt() -> Iterator[_Pair]:
         yield _pair(f"rate-{word}-{called(kind)}-{depth}-{optimizer}", code, twin, {"rate": rate})
 
 
+def _narrow() -> Iterator[_Pair]:
+    """Yield deep, narrow perceptrons in the plane, and features as they come, in units from 0.001 to 4254."""
+    kinds: tuple[Callable[[], nn.Module], ...] = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.ELU, nn.SELU)
+    sigmoid, tanh, relu, elu, selu = kinds
+    for task, kind, depth, width, optimizer, code, fault in (
+        ("circles", relu, 14, 16, "adam", "GG101", {"init": "default"}),
+        ("circles", tanh, 16, 8, "adam", "GG101", {"gain": 0.4}),
+        ("circles", sigmoid, 8, 16, "adam", "GG101", {}),
+        ("circles", elu, 20, 16, "rmsprop", "GG101", {"gain": 0.3}),
+        ("circles", relu, 12, 6, "adam", "GG301", {"fault": biases(-0.5)}),
+        ("circles", relu, 10, 16, "sgd", "GG102", {"gain": 4.0}),
+        ("blobs", relu, 20, 8, "adagrad", "GG101", {"init": "default"}),
+        ("blobs", sigmoid, 10, 8, "adam", "GG101", {}),
+        ("blobs", sigmoid, 14, 16, "sgd", "GG101", {}),
+        ("blobs", tanh, 12, 16, "adam", "GG102", {"gain": 3.0}),
+        ("blobs", selu, 24, 16, "adam", "GG102", {"fault": NORMAL}),
+        ("blobs", relu, 16, 8, "adam", "GG101", {"fault": NARROW}),
+    ):
+        twin = {"depth": 4, "width": width, "activation": kind, "task": task, "optimizer": optimizer}
+        name = f"narrow-{task}-{called(kind)}-{depth}-{optimizer}"
+        yield _pair(name, code, twin, {"depth": depth, **fault})
+    for task, kind, depth, optimizer in (
+        ("wine", relu, 3, "sgd"),
+        ("wine", relu, 4, "adam"),
+        ("wine", sigmoid, 3, "adagrad"),
+        ("cancer", relu, 4, "adam"),
+        ("cancer", tanh, 3, "adam"),
+        ("cancer", elu, 3, "sgd"),
+    ):
+        twin = {"depth": depth, "activation": kind, "task": task, "optimizer": optimizer}
+        yield _pair(f"raw-{task}-{called(kind)}-{optimizer}", "GG302", twin, {"task": f"raw {task}"})
+
+
 _DEEP: dict[str, Any] = {"depth": 12, "activation": nn.Tanh}
 _ADAM: dict[str, Any] = {"optimizer": "adam"}
 _OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]], ...] = (
@@ -243,6 +278,19 @@ _OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any
     ("letters-irnn", "GG112", letters, {"kind": nn.RNN, "identity": 1.0}, {"identity": 1.4}),
     ("letters-rate", "GG501", letters, {}, {"rate": 60.0}),
     ("letters-rate-low", "GG502", letters, {}, {"rate": 1e-3}),
+    ("snippets-rate", "GG501", snippets, {}, {"rate": 200.0}),
+    ("snippets-rate-low", "GG502", snippets, {}, {"rate": 1e-3}),
+    ("snippets-dead", "GG301", snippets, {"optimizer": "sgd", "rate": 10.0}, {"fault": biases(-8.0)}),
+    ("branches-small", "GG101", two_branches, {"depth": 8}, {"fault": scale_layers(0.2, *range(16))}),
+    ("branches-sigmoid", "GG101", two_branches, {"depth": 8}, {"activation": nn.Sigmoid}),
+    (
+        "branches-large",
+        "GG102",
+        two_branches,
+        {"depth": 6, "optimizer": "sgd"},
+        {"fault": scale_layers(3.0, *range(12))},
+    ),
+    ("branches-rate", "GG501", two_branches, {"activation": nn.Tanh}, {"rate": 100.0}),
     ("rows-rate", "GG501", rows, {"kind": nn.RNN}, {"rate": 100.0}),
 )
 """Name, code, maker, options of the healthy twin, and what the sick run has instead."""
@@ -256,7 +304,7 @@ def workshop_cases() -> tuple[Case, ...]:
         (name, code, str(fault), partial(make, **{**twin, **fault}), partial(make, **twin))
         for name, code, make, twin, fault in _OTHERS
     )
-    for name, code, about, spoilt, sound in (*_scaled(), *_spoilt(), *others):
+    for name, code, about, spoilt, sound in (*_scaled(), *_spoilt(), *_narrow(), *others):
         twin = healthy(f"{_PREFIX}{name}-twin", sound, "the same without the fault", learns=0.3)
         made += [sick(_PREFIX + name, spoilt, about, code=code, twin=twin.name), twin]
     return tuple(made)

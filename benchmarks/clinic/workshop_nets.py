@@ -38,6 +38,8 @@ __all__ = [
     "residual",
     "rows",
     "scale_layers",
+    "snippets",
+    "two_branches",
 ]
 
 _DATA: dict[str, tuple[Callable[[], data.Data], int]] = {
@@ -46,6 +48,8 @@ _DATA: dict[str, tuple[Callable[[], data.Data], int]] = {
     "wine": (data.wine, 13),
     "circles": (data.circles, 2),
     "blobs": (data.blobs, 2),
+    "raw cancer": (partial(data.breast_cancer, scaled=False), 30),
+    "raw wine": (partial(data.wine, scaled=False), 13),
 }
 """Data sets to classify, and their features."""
 
@@ -75,6 +79,12 @@ _WELL = {nn.ReLU: "he", nn.LeakyReLU: "he", nn.GELU: "he", nn.SiLU: "he", nn.ELU
 Fault = Callable[[nn.Module], None]
 
 
+def _spoil(model: nn.Module, fault: Fault | None) -> None:
+    if fault is not None:
+        with torch.no_grad():
+            fault(model)
+
+
 def classifier(  # noqa: PLR0913  # keywords with defaults, one per thing that varies
     seed: int,
     *,
@@ -98,9 +108,7 @@ def classifier(  # noqa: PLR0913  # keywords with defaults, one per thing that v
     known = replace(known, x=known.x * inputs + offset, test_x=known.test_x * inputs + offset)
     scheme = init or _WELL.get(activation, "xavier")  # type: ignore[call-overload]
     model = nets.mlp(features, known.classes, depth, activation, width=width, init=scheme, gain=gain)
-    if fault is not None:
-        with torch.no_grad():
-            fault(model)
+    _spoil(model, fault)
     make_optimizer = partial(_OPTIMIZERS[optimizer](_RATES[optimizer] * rate))
     return tasks.classify(model, known, make_optimizer, seed, steps=steps, **options)
 
@@ -193,9 +201,7 @@ def convolutions(
     rate: float = 1.0,
 ) -> Job:
     model = nets.PlainConv(depth, init=init)
-    if fault is not None:
-        with torch.no_grad():
-            fault(model)
+    _spoil(model, fault)
     return tasks.classify(model, data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * rate), seed, steps=160)
 
 
@@ -206,9 +212,7 @@ def lenet(
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nets.initialize(layer, _WELL.get(activation, "xavier"))
-    if fault is not None:
-        with torch.no_grad():
-            fault(model)
+    _spoil(model, fault)
     return tasks.classify(model, data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * rate), seed, steps=240)
 
 
@@ -265,18 +269,14 @@ def reader(
     steps: int = 200,
 ) -> Job:
     model = nets_sequence.DigitTransformer(layers, pre_norm=pre_norm)
-    if fault is not None:
-        with torch.no_grad():
-            fault(model)
+    _spoil(model, fault)
     return tasks.classify(model, data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * rate), seed, steps=steps)
 
 
 def decoder(seed: int, *, layers: int = 2, fault: Fault | None = None, rate: float = 1.0) -> Job:
     letters = data.characters()[2]
     model = nets_sequence.Decoder(letters, layers)
-    if fault is not None:
-        with torch.no_grad():
-            fault(model)
+    _spoil(model, fault)
     return tasks.language(model, tasks.adamw(2e-3 * rate), seed)
 
 
@@ -284,9 +284,7 @@ def recall(
     seed: int, *, kind: Any, start: str, length: int, gain: float = 1.0, rate: float = 1.0, fault: Fault | None = None
 ) -> Job:
     model = nets_sequence.RecallNet(kind, start, gain=gain, length=length)
-    if fault is not None:
-        with torch.no_grad():
-            fault(model)
+    _spoil(model, fault)
     return tasks.remember(model, tasks.adam(3e-3 * rate), seed, length=length)
 
 
@@ -318,3 +316,43 @@ def rows(seed: int, *, kind: Any = nn.GRU, rate: float = 1.0, optimizer: str = "
     return tasks.classify(
         nets_sequence.RowReader(kind), data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * 3 * rate), seed
     )
+
+
+def snippets(seed: int, *, rate: float = 1.0, optimizer: str = "adam", fault: Fault | None = None) -> Job:
+    """Return the run of a classifier of word sequences."""
+    model = nets_sequence.TextNet()
+    _spoil(model, fault)
+    return tasks.classify(model, data.snippets(), _OPTIMIZERS[optimizer](_RATES[optimizer] * 5 * rate), seed)
+
+
+class _TwoBranches(nn.Module):
+    """Two perceptrons, each on half of the features, joined by a third."""
+
+    def __init__(self, depth: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.left, self.right = (
+            nets.mlp(32, 32, depth, activation, width=32, init=_WELL.get(activation, "xavier"))  # type: ignore[call-overload]
+            for _ in range(2)
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits of shape ``[batch, 10]``."""
+        halves = torch.cat([self.left(x[:, :32]), self.right(x[:, 32:])], dim=1)
+        logits: torch.Tensor = self.head(halves)
+        return logits
+
+
+def two_branches(
+    seed: int,
+    *,
+    depth: int = 4,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    optimizer: str = "adam",
+    rate: float = 1.0,
+    fault: Fault | None = None,
+) -> Job:
+    """Return the run of a net with two branches."""
+    model = _TwoBranches(depth, activation)
+    _spoil(model, fault)
+    return tasks.classify(model, data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * rate), seed)
