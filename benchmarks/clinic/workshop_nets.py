@@ -26,9 +26,11 @@ __all__ = [
     "biases",
     "called",
     "classifier",
+    "climbing",
     "convolutions",
     "decoder",
     "gate",
+    "heavy",
     "lenet",
     "letters",
     "query_key",
@@ -316,6 +318,36 @@ def rows(seed: int, *, kind: Any = nn.GRU, rate: float = 1.0, optimizer: str = "
     return tasks.classify(
         nets_sequence.RowReader(kind), data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * 3 * rate), seed
     )
+
+
+def climbing(make: Callable[..., Job], seed: int, *, factor: float = 1.0, **options: Any) -> Job:
+    """Return a run whose learning rate climbs from the first step to the last, by a factor in all."""
+    job = make(seed, **options)
+    groups = [group for optimizer in job.optimizers for group in optimizer.param_groups]
+    starts = [float(group["lr"]) for group in groups]
+
+    def schedule(step: int) -> None:
+        for group, start in zip(groups, starts, strict=True):
+            group["lr"] = start * factor ** (step / job.steps)
+
+    if factor != 1.0:
+        job.before_step = schedule
+    return job
+
+
+def heavy(make: Callable[..., Job], seed: int, *, weight: float = 1.0, every: int = 40, **options: Any) -> Job:
+    """Return a run in which the loss of a batch now and then weighs far more than that of the others."""
+    job = make(seed, **options)
+    loss, draw = job.loss, job.batch
+    weights = {"now": 1.0}
+
+    def batch(step: int) -> Any:
+        weights["now"] = weight if step % every == every - 1 else 1.0
+        return (*draw(step), weights["now"])
+
+    job.batch = batch
+    job.loss = lambda model, given: loss(model, given[:2]) * given[2]
+    return job
 
 
 def snippets(seed: int, *, rate: float = 1.0, optimizer: str = "adam", fault: Fault | None = None) -> Job:

@@ -42,6 +42,15 @@ _WORTH_IT = 0.1
 _SURE = 2.0
 """Standard errors by which it must. Ours: one in twenty by chance."""
 
+_EVENTS = frozenset({"GG103", "GG505", "GG703"})
+"""Illnesses that come over a run that was well until then: spikes, divergence, steps far above the usual ones."""
+
+_LATE = 20
+"""Step from which on they came late: a trial from the first weights may be over before they show. Ours."""
+
+_RETRIES = 2
+"""Times that a rate is lowered by half a decade where it diverges after the search. Ours."""
+
 _SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
 """Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
 
@@ -64,6 +73,7 @@ class Contest:
         *,
         plan: Plan,
         illness: str = "",
+        onset: int = 0,
         deadline: float = math.inf,
         progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -76,12 +86,14 @@ class Contest:
         self._compute_loss = race.compute_loss
         self._plan = plan
         self._illness = illness
+        self._onset = onset
         self._deadline = deadline
         self._progress = progress
         self._control: list[Lane] = []
         self._entrants: list[Entrant] = []
         self._mender: Entrant | None = None
         self._length = plan.length
+        self.shown = True
         self.interrupted = False
 
     @property
@@ -104,6 +116,7 @@ class Contest:
         self._advance(first, 1)
         self._race.set_limit(first)
         self._advance(first, self._plan.length)
+        self.shown = self._shows(first)
         for entrant in self._entrants:
             self._enter(entrant)
         self._screen()
@@ -115,13 +128,20 @@ class Contest:
             self._repeat(seed)
         self._look_at_health()
 
+    def _shows(self, untreated: Lane) -> bool:
+        """Whether the untreated copy is ill: what began late in a run need not show in its first steps."""
+        before, after = untreated.halves(self._plan.length)
+        well = not untreated.fault and before - after > _NOTICEABLE * abs(before)
+        preventive = any(entrant.remedy.level == 0 for entrant in self._entrants)
+        return not (self._illness in _EVENTS and self._onset >= _LATE and well and preventive)
+
     def _run_on(self) -> None:
         """Where no loss tells a cure from nothing, take those that were dropped for it back in, and run for longer.
 
         Some runs stand still for fifty steps whatever is done to them; the first ones say nothing about any cure then.
         """
         for rung, keep in self._plan.overtime:
-            if self._control[0].fault or any(self._helps(entrant) for entrant in self._finished()):
+            if not self.shown or self._control[0].fault or any(self._helps(entrant) for entrant in self._finished()):
                 return
             if rung == self._plan.overtime[0][0]:
                 for entrant in self._entrants:
@@ -136,9 +156,10 @@ class Contest:
     def _race_to(self, rung: int) -> None:
         for entrant in self._running():
             self._advance(entrant.lanes[0], rung)
-            if entrant.lanes[0].fault and entrant.remedy.searched:
-                self._lower_rate(entrant)
-                self._advance(entrant.lanes[0], rung)
+            for _ in range(_RETRIES):
+                if entrant.lanes[0].fault and entrant.remedy.searched:
+                    self._lower_rate(entrant)
+                    self._advance(entrant.lanes[0], rung)
             if entrant.lanes[0].fault:
                 self._drop(entrant, "diverged", entrant.lanes[0].fault)
 
@@ -148,7 +169,7 @@ class Contest:
         A new initialization begins at a higher loss than an old one that stands still, so what counts early is where
         the fall leads, not how far it has come.
         """
-        if rung == self._plan.length:
+        if rung == self._plan.length or not self.shown:
             return
         self._cut(rung, keep)
         rest = self._running()
@@ -209,8 +230,11 @@ class Contest:
         return Lane(entrant.prescription.remedy, seed, twin, optimizer)
 
     def _enter(self, entrant: Entrant) -> None:
+        if not self.shown and entrant.remedy.level > 0:
+            self._drop(entrant, "dropped", f"what began at step {self._onset} does not show here")
+            return
         try:
-            if entrant.remedy.searched:
+            if entrant.remedy.searched and self.shown:
                 self._search_rate(entrant)
             entrant.lanes = [self._treated(entrant, 0)]
         except _FAILURES as error:
@@ -229,9 +253,9 @@ class Contest:
         entrant.prescription = with_factor(entrant.prescription, search_rate(attempt, up=up))
 
     def _lower_rate(self, entrant: Entrant) -> None:
-        """Begin again at a tenth of a rate that was fine for the few steps of the search and too high for more."""
+        """Begin again at a lower rate: what was fine for the few steps of the search is too high for more."""
         factor = float(entrant.prescription.arguments["factor"])
-        entrant.prescription = with_factor(entrant.prescription, 0.1 * factor)
+        entrant.prescription = with_factor(entrant.prescription, factor / math.sqrt(10.0))
         entrant.lanes = [self._treated(entrant, 0)]
 
     def _screen(self) -> None:
@@ -282,7 +306,13 @@ class Contest:
         for entrant in self._running():
             entrant.healthy = self._illness not in self._found(entrant.lanes[0].model)
         if not any(self._helps(entrant) for entrant in self._finished()):
-            self._mender = self._first_that_mends()
+            self._mender = self._first_that_mends() if self.shown else self._first_that_is_harmless()
+
+    def _first_that_is_harmless(self) -> Entrant | None:
+        """Return the first cure that costs nothing in steps that are well without it."""
+        allowed = self._control_loss() + _NOTICEABLE * abs(self._control_loss())
+        finished = self._finished()
+        return next((entrant for entrant in self._entrants if entrant in finished and entrant.result <= allowed), None)
 
     def _first_that_mends(self) -> Entrant | None:
         """Return the first cure after which a check no longer finds the illness, where no loss tells.

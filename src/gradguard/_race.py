@@ -33,7 +33,8 @@ __all__ = [
 ]
 
 LAST = 8
-"""Losses at the end of a trial whose mean is its result. Source: ours, algorithms.md, section K."""
+"""Losses at the end of a trial whose median is its result. Source: ours, algorithms.md, section K; the median, since
+one batch that weighs ten thousand times the others is the whole mean."""
 
 _BLOWN_UP = 100.0
 """Times the first loss of the untreated copy above which a copy has diverged, even where it is finite. Ours."""
@@ -103,17 +104,17 @@ class Lane:
         self.devices = cuda_devices(self.model)
 
     def halves(self, until: int) -> tuple[float, float]:
-        """Return the mean loss of the first and of the second half of the steps up to one."""
+        """Return the median loss of the first and of the second half of the steps up to one."""
         losses = self.losses[:until]
         middle = max(1, len(losses) // 2)
-        return float(np.mean(losses[:middle])), float(np.mean(losses[middle:] or losses))
+        return float(np.median(losses[:middle])), float(np.median(losses[middle:] or losses))
 
     @property
     def result(self) -> float:
-        """Mean of the last losses, inf where the copy has failed or has not begun."""
+        """Median of the last losses, inf where the copy has failed or has not begun."""
         if self.fault or not self.losses:
             return math.inf
-        return float(np.mean(self.losses[-LAST:]))
+        return float(np.median(self.losses[-LAST:]))
 
 
 class Race:
@@ -169,7 +170,7 @@ class Race:
 
 
 def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[float, float]:
-    """Return by how much treated copies end below the untreated ones, step by step, and the error of that mean.
+    """Return by how much treated copies end below the untreated ones, step by step, and the error of that median.
 
     An untreated copy that has diverged counts as its last finite losses, none as infinite gain.
 
@@ -189,7 +190,9 @@ def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[flo
     if not differences:
         return -math.inf, 0.0
     values = np.array(differences)
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+    gain = float(np.median(values))
+    spread = 1.4826 * float(np.median(np.abs(values - gain)))
+    return gain, 1.2533 * spread / math.sqrt(len(values))
 
 
 def copy_of(model: nn.Module) -> nn.Module:

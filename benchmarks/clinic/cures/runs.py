@@ -92,7 +92,7 @@ def setting_of(job: Job, *, first: int = 0, batches: int = 80) -> Setting:
     Args:
         job: The run.
         first: Step of the first batch.
-        batches: How many to give at most.
+        batches: How many to give; they go on where the run ends, as a loader does.
     """
     groups = _groups(job)
 
@@ -116,7 +116,7 @@ def setting_of(job: Job, *, first: int = 0, batches: int = 80) -> Setting:
     left_out = {name for name, _ in job.model.named_parameters()} - held
     return Setting(
         job=job,
-        batches=[job.batch(index) for index in range(first, min(first + batches, job.steps * job.accumulate))],
+        batches=[job.batch(index) for index in range(first, first + batches)],
         loss=lambda model, batch: job_loss(_with(job, model), batch),
         make_optimizer=make_optimizer,
     )
@@ -134,7 +134,9 @@ def train(case: Case, seed: int, treat: Treat | None = None, *, watch: bool = Fa
     """
     job = build(case, seed)
     if treat is not None:
+        before = _rates(job)
         job = _with(job, treat(setting_of(job)))
+        _keep_rates(job, before)
     reader = Probe(job) if probe else None
     watcher = _Watcher(job) if watch else None
     losses = [0.0]
@@ -198,6 +200,30 @@ def _with(job: Job, model: nn.Module) -> Job:
     if model is job.model:
         return job
     return Job(**{**{name: getattr(job, name) for name in Job.__slots__}, "model": model})
+
+
+def _rates(job: Job) -> list[float]:
+    """Return the learning rate of each group."""
+    return [float(group["lr"]) for optimizer in job.optimizers for group in optimizer.param_groups]
+
+
+def _keep_rates(job: Job, before: list[float]) -> None:
+    """Let a schedule work on the rates that a cure has set: it was made with those before, and would put them back."""
+    schedule = job.before_step
+    after = _rates(job)
+    if schedule is None or len(before) != len(after) or before == after or not all(before):
+        return
+    factors = [new / old for old, new in zip(before, after, strict=True)]
+
+    def scaled(step: int) -> None:
+        groups = [group for optimizer in job.optimizers for group in optimizer.param_groups]
+        for group, factor in zip(groups, factors, strict=True):
+            group["lr"] /= factor
+        schedule(step)
+        for group, factor in zip(groups, factors, strict=True):
+            group["lr"] *= factor
+
+    job.before_step = scaled
 
 
 def _groups(job: Job) -> list[tuple[set[str], dict[str, Any]]]:
