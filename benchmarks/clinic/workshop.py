@@ -185,21 +185,34 @@ def _narrow() -> Iterator[_Pair]:
     sigmoid, tanh, relu, elu, selu = kinds
     for task, kind, depth, width, optimizer, code, fault in (
         ("circles", relu, 14, 16, "adam", "GG101", {"init": "default"}),
+        ("circles", relu, 18, 12, "adam", "GG101", {"gain": 0.5}),
         ("circles", tanh, 16, 8, "adam", "GG101", {"gain": 0.4}),
+        ("circles", tanh, 10, 16, "sgd", "GG101", {"fault": NARROW}),
         ("circles", sigmoid, 8, 16, "adam", "GG101", {}),
+        ("circles", sigmoid, 14, 16, "rmsprop", "GG101", {}),
         ("circles", elu, 20, 16, "rmsprop", "GG101", {"gain": 0.3}),
+        ("circles", elu, 12, 12, "adam", "GG101", {"fault": NARROW}),
+        ("circles", selu, 16, 16, "adam", "GG102", {"gain": 2.5}),
         ("circles", relu, 12, 6, "adam", "GG301", {"fault": biases(-0.5)}),
+        ("circles", relu, 8, 16, "adagrad", "GG301", {"fault": biases(-1.0)}),
         ("circles", relu, 10, 16, "sgd", "GG102", {"gain": 4.0}),
+        ("circles", tanh, 8, 16, "adam", "GG302", {"fault": NORMAL}),
         ("blobs", relu, 20, 8, "adagrad", "GG101", {"init": "default"}),
+        ("blobs", relu, 12, 16, "sgd", "GG101", {"fault": NARROW}),
+        ("blobs", relu, 14, 8, "rmsprop", "GG301", {"fault": biases(-1.0)}),
         ("blobs", sigmoid, 10, 8, "adam", "GG101", {}),
         ("blobs", sigmoid, 14, 16, "sgd", "GG101", {}),
+        ("blobs", sigmoid, 6, 16, "adagrad", "GG101", {}),
         ("blobs", tanh, 12, 16, "adam", "GG102", {"gain": 3.0}),
+        ("blobs", tanh, 20, 16, "sgd", "GG101", {"gain": 0.5}),
         ("blobs", selu, 24, 16, "adam", "GG102", {"fault": NORMAL}),
         ("blobs", relu, 16, 8, "adam", "GG101", {"fault": NARROW}),
+        ("blobs", elu, 10, 16, "adagrad", "GG101", {"gain": 0.2}),
     ):
-        twin = {"depth": 4, "width": width, "activation": kind, "task": task, "optimizer": optimizer}
+        twin = {"depth": 4, "width": max(12, width), "activation": kind, "task": task, "optimizer": optimizer}
+        twin["rate"] = 5.0 if task == "circles" else 2.0
         name = f"narrow-{task}-{called(kind)}-{depth}-{optimizer}"
-        yield _pair(name, code, twin, {"depth": depth, **fault})
+        yield _pair(name, code, twin, {"depth": depth, "width": width, **fault})
     for task, kind, depth, optimizer in (
         ("wine", relu, 3, "sgd"),
         ("wine", relu, 4, "adam"),
@@ -304,6 +317,20 @@ _OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any
     ("heavy-reader", "GG103", partial(heavy, reader), {}, {"weight": 1e5}),
     ("heavy-letters-sgd", "GG103", partial(heavy, letters), {"optimizer": "sgd", "rate": 10.0}, {"weight": 1e4}),
     ("heavy-regression", "GG103", partial(heavy, regression), {}, {"weight": 1e4}),
+    ("memory-rnn-25", "GG111", recall, {**RNN, "length": 25}, {"start": "default"}),
+    ("memory-rnn-60", "GG111", recall, {**RNN, "length": 60}, {"start": "default"}),
+    ("memory-lstm-40", "GG111", recall, {**LSTM, "length": 40}, {"start": "default"}),
+    ("memory-gru-50", "GG111", recall, {**GRU, "length": 50}, {"start": "default"}),
+    ("memory-gru-30-closed", "GG111", recall, {**GRU, "length": 30}, {"fault": gate(-5.0)}),
+    ("memory-rnn-30-grows", "GG112", recall, {**RNN, "length": 30}, {"gain": 2.0}),
+    ("memory-rnn-60-grows", "GG112", recall, {**RNN, "length": 60}, {"gain": 1.4}),
+    ("memory-rate-low", "GG502", recall, {**LSTM, "length": 24}, {"rate": 3e-4}),
+    ("letters-irnn-1.2", "GG112", letters, {"kind": nn.RNN, "identity": 1.0}, {"identity": 1.2}),
+    ("decoder-sharp-4", "GG701", decoder, {"layers": 4}, {"fault": query_key(8.0)}),
+    ("decoder-sharp-first", "GG701", decoder, {"layers": 2}, {"fault": query_key(60.0, blocks=(0,))}),
+    ("decoder-unscaled-16", "GG702", decoder, {"layers": 3}, {"fault": attention_scale(16.0)}),
+    ("reader-sharp-6", "GG701", reader, {"layers": 6}, {"fault": query_key(20.0)}),
+    ("reader-post-sharp", "GG701", reader, {"layers": 3, "pre_norm": False}, {"fault": query_key(15.0)}),
     ("rows-rate", "GG501", rows, {"kind": nn.RNN}, {"rate": 100.0}),
 )
 """Name, code, maker, options of the healthy twin, and what the sick run has instead."""
