@@ -198,6 +198,18 @@ def test_between_two_and_three_decades_is_mentioned_and_no_more(gain: float, cod
     assert f"The gradient {verb} on its way" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("losses", "classes", "severity"),
+    [(flat(101), 10, Severity.WARNING), (falling(101), 10, Severity.INFO), (flat(101), 0, Severity.INFO)],
+    ids=["at chance", "learns", "no classes"],
+)
+def test_between_two_and_three_decades_is_a_warning_where_a_classifier_stays_at_chance(
+    losses: list[float], classes: int, severity: Severity
+) -> None:
+    """A LeNet with sigmoid units loses 2.6 decades, and after 240 steps it names 11 % of the digits."""
+    assert only(chain(gain=0.74, activation="Tanh", losses=losses, classes=classes)).severity is severity
+
+
 def test_a_mention_that_passed_leaves_no_trace() -> None:
     """A span of 2.5 decades for a few steps is nothing to report afterwards."""
     assert find_depth(chain(gain=lambda step: 0.74 if step < 20 else 1.0, activation="Tanh"), CONFIG) == []

@@ -210,6 +210,16 @@ def test_a_classifier_that_stays_at_chance_and_hardly_moves(ratio: float, text: 
     assert text in finding.message
 
 
+@pytest.mark.parametrize(("ratio", "classes", "fires"), [(2e-5, 10, True), (1e-4, 10, False), (2e-5, 0, False)])
+def test_a_loss_that_creeps_down_near_chance_is_too_slow(ratio: float, classes: int, fires: bool) -> None:
+    """From 2.5 to 2.2 in 100 steps, at a fiftieth of the usual ratio; without classes nobody knows where chance is."""
+    history = owned(run(losses=falling(101, 2.5, 2.2), classes=classes), {"update_ratio": ratio})
+    found = find_learning_rate(history, CONFIG)
+
+    assert bool(found) is fires
+    assert not fires or found[0].message.endswith("and the loss has not left chance.")
+
+
 @pytest.mark.parametrize(
     "build",
     [

@@ -70,6 +70,18 @@ def test_weights_that_shrink_each_layer_are_a_warning_beside_a_span_beyond_the_l
     assert finding.evidence["critical_deviation"].value == pytest.approx(math.sqrt(2.0), rel=1e-3)
 
 
+@pytest.mark.parametrize(("first", "severity"), [(30.0, Severity.WARNING), (3.0, Severity.INFO)])
+def test_weights_that_are_too_large_and_a_first_loss_far_above_chance_are_a_warning(
+    first: float, severity: Severity
+) -> None:
+    """Ten classes begin at 2.3; at 30 the true one has been given next to nothing."""
+    history = chain(gain=2.2, weight_gain=3.1, activation="ReLU", layers=7, losses=[first, *flat(100)], steps=(0, 1, 2))
+    finding = only(find_poor_initialization(history, CONFIG))
+
+    assert finding.severity is severity
+    assert ("and the first loss is 13 times that of chance" in finding.message) is (severity is Severity.WARNING)
+
+
 def test_few_layers_of_the_wrong_scale_are_a_remark() -> None:
     """The same over eight layers: 2.7 decades."""
     finding = only(find_poor_initialization(chain(gain=0.408, weight_gain=0.58, activation="ReLU", layers=8), CONFIG))

@@ -244,3 +244,13 @@ def test_a_unit_that_dies_at_the_output_is_told_from_one_that_dies_inside() -> N
 
     assert "linear-output" in cures(at_the_end, 2)
     assert "linear-output" not in cures(inside, 0)
+
+
+@pytest.mark.parametrize(("step", "first"), [(0, "he-initialization"), (120, "lower-learning-rate")])
+def test_what_training_made_is_treated_by_the_learning_rate_first(step: int, first: str) -> None:
+    """First weights that were well at step 0 are not to blame at step 120."""
+    names = remedies(replace(found("GG301"), step=step, last_step=200))
+
+    assert names[0] == first
+    assert "he-initialization" in names
+    assert remedies(replace(found("GG301", Cause.DATA), step=step, last_step=200))[0] == "standardize-input"

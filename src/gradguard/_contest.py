@@ -257,7 +257,7 @@ class Contest:
             entrant.prescription = with_factor(entrant.prescription, factor)
             lane = self._treated(entrant, 0)
             self._advance(lane, steps)
-            return math.inf if lane.fault else lane.losses[-1]
+            return math.inf if lane.fault else sum(lane.losses[-2:]) / 2
 
         up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0
         entrant.prescription = with_factor(entrant.prescription, search_rate(attempt, up=up))

@@ -10,8 +10,13 @@ __all__ = ["search_rate"]
 _FIRST_STEPS = 3
 """Steps for which each decade is tried. Ours: a rate that is too high shows in three."""
 
-_STEPS = 6
+_STEPS = 8
 """Steps for which the best decade and what lies around it are tried. Ours."""
+
+_MARGIN = math.sqrt(10.0)
+"""Factor by which the rate that does best in so few steps is lowered in the end. Ours: in eight steps the best rate is
+one that a whole run does not bear; of 21 sick runs half a decade below it ends within 5 % of the best rate in 19, the
+rate itself in 16 (17 after six steps)."""
 
 _DECADES = 8
 """Decades searched at most. Ours: a rate of 1e-8 that should be 1 is the worst of the clinic."""
@@ -21,7 +26,7 @@ _PATIENCE = 2
 
 
 def search_rate(attempt: Callable[[float, int], float], *, up: bool) -> float:
-    """Return the factor for the learning rate that gives the lowest loss.
+    """Return the factor for the learning rate that gives the lowest loss, less a margin for the steps to come.
 
     Args:
         attempt: Trains with a factor for so many steps and returns the loss, inf where that diverges.
@@ -39,4 +44,4 @@ def search_rate(attempt: Callable[[float, int], float], *, up: bool) -> float:
     middle = min(coarse, key=lambda factor: coarse[factor])
     half = math.sqrt(10.0)
     fine = {factor: attempt(factor, _STEPS) for factor in (middle / half, middle, middle * half)}
-    return min(fine, key=lambda factor: fine[factor])
+    return min(fine, key=lambda factor: fine[factor]) / _MARGIN

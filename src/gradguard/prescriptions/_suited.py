@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from gradguard.findings import Finding, LayerProfile
+from gradguard.findings import Cause, Finding, LayerProfile
 
 __all__ = ["activation_of", "suited"]
 
@@ -60,7 +60,7 @@ def _for_missing_gradients(names: Iterable[str], finding: Finding) -> tuple[str,
 
 def _for_onset(names: Iterable[str], finding: Finding) -> tuple[str, ...]:
     """Begin with the learning rate where training has made what was not there before the first step."""
-    made = finding.code in _MADE_BY_STEPS and finding.step > 0
+    made = finding.code in _MADE_BY_STEPS and finding.step > 0 and finding.cause is not Cause.DATA
     return tuple(dict.fromkeys(("lower-learning-rate", *names))) if made else tuple(names)
 
 
