@@ -170,12 +170,12 @@ def test_half_of_the_decades_count_where_no_cure_takes_all_of_them(monkeypatch: 
     several = contest([(name, 0, treat(name)) for name in ("much", "some", "little")], lr=1e-9, illness="GG111")
     useless = contest([("much", 0, treat("much"))], lr=1e-9, illness="GG111")
 
-    best = several.best()
+    best = several.judgement.best()
     assert best is not None
     assert best.remedy == "little"
-    assert {run.remedy: run.healthy for run in several.runs()}["little"] is False
+    assert {run.remedy: run.healthy for run in several.judgement.runs()}["little"] is False
     assert several.steps_taken == 2 * 4 * 20, "memory takes hundreds of steps: no overtime where a check tells"
-    assert useless.best() is None
+    assert useless.judgement.best() is None
 
 
 # ------------------------------------------------------------------------------------------- what joins, what is left
@@ -278,9 +278,9 @@ def test_an_event_that_does_not_show_leaves_what_prevents_it() -> None:
 def test_against_a_copy_that_diverged_the_best_cure_counts_and_not_the_mildest() -> None:
     """All gain the same against infinity."""
     held = contest([("little", 0, scaled(1e-13)), ("much", 4, scaled(1e-8))], lr=1e6)
-    best = held.best()
+    best = held.judgement.best()
 
-    assert held.control_run().why == "diverged"
+    assert held.judgement.control_run().why == "diverged"
     assert best is not None
     assert best.remedy == "much"
 
@@ -392,14 +392,14 @@ def test_an_untreated_copy_that_learns_needs_no_cure_by_health_alone(
 
     held = contest([("mends", 0, treat)], lr=lr, illness="GG101")
 
-    assert (held.best() is not None) is recommended
+    assert (held.judgement.best() is not None) is recommended
     assert held.goes_by_health is recommended
 
 
 def test_of_cures_that_do_the_same_the_least_invasive_is_recommended() -> None:
     """Equal effects, different depths of intervention."""
     held = contest([("surgery", 4, scaled(1e4)), ("rate", 0, scaled(1e4)), ("weights", 1, scaled(1e4))])
-    best = held.best()
+    best = held.judgement.best()
 
     assert best is not None
     assert best.remedy == "rate"
@@ -408,7 +408,7 @@ def test_of_cures_that_do_the_same_the_least_invasive_is_recommended() -> None:
 def test_a_cure_that_does_clearly_more_wins_however_invasive() -> None:
     """A tenth of the rate is worth less than the whole."""
     held = contest([("surgery", 4, scaled(1e4)), ("rate", 0, scaled(30.0))])
-    best = held.best()
+    best = held.judgement.best()
 
     assert best is not None
     assert best.remedy == "surgery"
@@ -417,7 +417,7 @@ def test_a_cure_that_does_clearly_more_wins_however_invasive() -> None:
 def test_a_remedy_that_fails_is_told_and_stops_nobody() -> None:
     """It does not fit this model; the others run."""
     held = contest([("broken", 2, broken), ("rate", 0, scaled(1e4))])
-    outcomes = {run.remedy: (run.outcome, run.why) for run in held.runs()}
+    outcomes = {run.remedy: (run.outcome, run.why) for run in held.judgement.runs()}
 
     assert outcomes["broken"] == ("not possible", "this model has no place for it")
     assert outcomes["rate"][0] == "best"
@@ -426,7 +426,8 @@ def test_a_remedy_that_fails_is_told_and_stops_nobody() -> None:
 def test_a_copy_that_blows_up_is_out() -> None:
     """A rate of 10^9 times the usual."""
     outcomes = {
-        run.remedy: run.outcome for run in contest([("wild", 0, scaled(1e12)), ("rate", 0, scaled(1e4))]).runs()
+        run.remedy: run.outcome
+        for run in contest([("wild", 0, scaled(1e12)), ("rate", 0, scaled(1e4))]).judgement.runs()
     }
 
     assert outcomes == {"rate": "best", "wild": "diverged"}

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from gradguard._entrant import Entrant, projected
+from gradguard._judgement import NOTICEABLE, Judgement
 from gradguard._plan import Plan
-from gradguard._race import Lane, Race, check_memory, checked_optimizer, copy_of, paired_gain
+from gradguard._race import Lane, Race, check_memory, checked_optimizer, copy_of
 from gradguard._rates import search_rate
 from gradguard._untouched import cuda_devices
 from gradguard.errors import GradGuardError
-from gradguard.findings import Effect, Finding, Prescription, Severity
-from gradguard.outcomes import TrialRun
+from gradguard.findings import Finding, Severity
 from gradguard.preflight import check
 from gradguard.prescriptions import with_factor
 from gradguard.remedies.catalogue import Target
@@ -27,20 +26,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["Contest"]
-
-_NEAR_BEST = 0.95
-"""Share of the best gain from which a less invasive cure is preferred. Source: ours, algorithms.md, section K: within
-5 % of the best, the least invasive."""
-
-_NOTICEABLE = 0.02
-"""Share of the untreated loss by which a cure must lower it. Ours: copies that differ by their random numbers alone end
-within 1 %."""
-
-_WORTH_IT = 0.1
-"""The same where nothing is wrong: a working run is not changed for less. Ours."""
-
-_SURE = 2.0
-"""Standard errors by which it must. Ours: one in twenty by chance."""
 
 _THROUGH_TIME = frozenset({"GG111", "GG112"})
 """Illnesses of recurrent nets, measured over time steps."""
@@ -138,7 +123,7 @@ class Contest:
     def _shows(self, untreated: Lane) -> bool:
         """Whether the untreated copy is ill: what began late in a run need not show in its first steps."""
         before, after = untreated.halves(self._plan.length)
-        well = not untreated.fault and before - after > _NOTICEABLE * abs(before)
+        well = not untreated.fault and before - after > NOTICEABLE * abs(before)
         preventive = any(entrant.remedy.level == 0 for entrant in self._entrants)
         return not (self._illness in _EVENTS and self._onset >= _LATE and well and preventive)
 
@@ -151,7 +136,7 @@ class Contest:
         if self._illness in _THROUGH_TIME and not self._control[0].fault and self._first_that_mends() is not None:
             return
         for rung, keep in self._plan.overtime:
-            if not self.shown or self._control[0].fault or any(self._helps(entrant) for entrant in self._finished()):
+            if not self.shown or self._control[0].fault or self.judgement.somebody_helps():
                 return
             if rung == self._plan.overtime[0][0]:
                 for entrant in self._entrants:
@@ -200,7 +185,7 @@ class Contest:
             return False
         early, late = entrant.lanes[0].halves(rung)
         before, after = control.halves(rung)
-        tolerance = 0.5 * _NOTICEABLE * abs(after)
+        tolerance = 0.5 * NOTICEABLE * abs(after)
         return late > after - tolerance and early - late < max(0.0, before - after) + tolerance
 
     def _running(self) -> list[Entrant]:
@@ -315,13 +300,13 @@ class Contest:
             return
         for entrant in self._running():
             entrant.healthy = self._illness not in self._found(entrant.lanes[0].model)
-        if not any(self._helps(entrant) for entrant in self._finished()):
+        if not self.judgement.somebody_helps():
             self._mender = self._first_that_mends() if self.shown else self._first_that_is_harmless()
 
     def _first_that_is_harmless(self) -> Entrant | None:
         """Return the first cure that costs nothing in steps that are well without it."""
-        allowed = self._control_loss() + _NOTICEABLE * abs(self._control_loss())
-        finished = self._finished()
+        allowed = self.judgement.control_loss() + NOTICEABLE * abs(self.judgement.control_loss())
+        finished = self.judgement.finished()
         return next((entrant for entrant in self._entrants if entrant in finished and entrant.result <= allowed), None)
 
     def _first_that_mends(self) -> Entrant | None:
@@ -335,7 +320,7 @@ class Contest:
         control = self._control[0]
         before, after = control.halves(self._length)
         found = self._found(control.model)
-        if before - after <= _NOTICEABLE * abs(before):
+        if before - after <= NOTICEABLE * abs(before):
             found |= self._found(copy_of(self._model))
         if self._illness not in found:
             return None
@@ -347,108 +332,20 @@ class Contest:
             worse = entrant.lanes[0].halves(last)[1] - control.halves(last)[1]
             left = self._found(entrant.lanes[0].model)
             remains = left.get(self._illness, 0.0)
-            if remains < least and left.keys() <= found.keys() and not worse > 0.5 * _NOTICEABLE * abs(after):
+            if remains < least and left.keys() <= found.keys() and not worse > 0.5 * NOTICEABLE * abs(after):
                 least, mender = remains, entrant
                 entrant.healthy = remains == 0.0
         return mender
 
     @property
+    def judgement(self) -> Judgement:
+        """What can be said of the contest as it stands."""
+        return Judgement(self._control, self._entrants, ill=bool(self._illness), mender=self._mender)
+
+    @property
     def goes_by_health(self) -> bool:
         """Whether what is recommended lowers no loss within the trial, and is chosen for what a check finds."""
         return self._mender is not None
-
-    def _gain(self, entrant: Entrant) -> tuple[float, float]:
-        seeds = min(len(entrant.lanes), len(self._control))
-        return paired_gain(self._control[:seeds], entrant.lanes[:seeds])
-
-    def _finished(self) -> list[Entrant]:
-        """Return who ran as far as the untreated copy, best first; after an interrupt, whoever ran furthest."""
-        alive = self._running()
-        furthest = max((len(entrant.lanes[0].losses) for entrant in alive), default=0)
-        return sorted(
-            (entrant for entrant in alive if 0 < furthest == len(entrant.lanes[0].losses)),
-            key=lambda entrant: entrant.result,
-        )
-
-    def _helps(self, entrant: Entrant) -> bool:
-        gain, error = self._gain(entrant)
-        untreated = self._control_loss()
-        asked = _NOTICEABLE if self._illness else _WORTH_IT
-        return gain > _SURE * error and (not math.isfinite(untreated) or gain > asked * abs(untreated))
-
-    def _control_loss(self) -> float:
-        return sum(lane.result for lane in self._control) / len(self._control) if self._control else math.nan
-
-    def _measured(self, entrant: Entrant) -> Prescription:
-        effect = Effect(loss_before=self._control_loss(), loss_after=entrant.result, steps=len(entrant.lanes[0].losses))
-        return replace(entrant.prescription, effect=effect)
-
-    def _ranked(self) -> tuple[Entrant | None, list[Entrant]]:
-        """Return the winner, if there is one, and all who ran to the end: the winner first, then by result."""
-        finished = self._finished()
-        helping = [entrant for entrant in finished if self._helps(entrant)]
-        if not helping:
-            first = [] if self._mender is None else [self._mender]
-            return self._mender, [*first, *(entrant for entrant in finished if entrant is not self._mender)]
-        best = helping[0].result
-        most = max(0.0, self._start(best) - best)
-        near = [entrant for entrant in helping if entrant.result <= best + (1.0 - _NEAR_BEST) * most]
-        winner = min(near, key=lambda entrant: (entrant.remedy.level, entrant.result))
-        return winner, [winner, *(entrant for entrant in finished if entrant is not winner)]
-
-    def _start(self, best: float) -> float:
-        """Return from where gains are counted: what the untreated copy reached, or began with where it rose.
-
-        Against a copy that has diverged all cures gain the same, and the first one would do as well as the best.
-        """
-        losses = [self._control_loss(), *(lane.losses[0] for lane in self._control if lane.losses)]
-        return min((loss for loss in losses if math.isfinite(loss)), default=best)
-
-    def best(self) -> Prescription | None:
-        """Return what to recommend, with its effect; ``None`` where nothing helps by more than chance."""
-        winner, _ = self._ranked()
-        return None if winner is None else self._measured(winner)
-
-    def ranking(self) -> tuple[Prescription, ...]:
-        """Return who ran to the end, the recommended one first, then by result."""
-        return tuple(self._measured(entrant) for entrant in self._ranked()[1])
-
-    def control_run(self) -> TrialRun:
-        """Return what became of the untreated copy."""
-        lane = self._control[0] if self._control else None
-        return TrialRun(
-            remedy="",
-            loss=self._control_loss(),
-            steps=len(lane.losses) if lane is not None else 0,
-            seeds=len(self._control),
-            outcome="untreated",
-            why=lane.fault if lane is not None else "",
-        )
-
-    def runs(self) -> Iterator[TrialRun]:
-        """Yield what became of every candidate: by rank, then those dropped, then those that were not possible."""
-        winner, ranked = self._ranked()
-        rest = [entrant for entrant in self._entrants if entrant not in ranked]
-        rest.sort(key=lambda entrant: entrant.outcome == "not possible")
-        for entrant in (*ranked, *rest):
-            yield TrialRun(
-                remedy=entrant.prescription.remedy,
-                loss=entrant.result,
-                steps=len(entrant.lanes[0].losses) if entrant.lanes else 0,
-                seeds=len(entrant.lanes),
-                outcome="best" if entrant is winner else self._outcome(entrant, finished=entrant in ranked),
-                why=entrant.out,
-                level=entrant.remedy.level,
-                healthy=entrant.healthy,
-            )
-
-    def _outcome(self, entrant: Entrant, *, finished: bool) -> str:
-        if entrant.outcome or not finished:
-            return entrant.outcome or "dropped"
-        if self._helps(entrant):
-            return "helps"
-        gain, error = self._gain(entrant)
-        return "worse" if gain < -_SURE * error and gain < -_NOTICEABLE * abs(self._control_loss()) else "no effect"
 
 
 def _decades(finding: Finding) -> float:

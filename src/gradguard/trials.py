@@ -134,13 +134,13 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         progress=progress,
     )
     contest.run(entrants)
-    ranking = contest.ranking()
-    best = contest.best()
+    judgement = contest.judgement
+    ranking, best = judgement.ranking(), judgement.best()
     return TrialResult(
         best=best,
         ranking=ranking,
-        control=contest.control_run(),
-        runs=(*contest.runs(), *impossible),
+        control=judgement.control_run(),
+        runs=(*judgement.runs(), *impossible),
         diagnosis=_with_effects(diagnosis, ranking),
         cost_s=time.perf_counter() - started,
         cost_steps=contest.steps_taken,

@@ -1,0 +1,147 @@
+"""What a contest says: who helps, who wins, and what became of everybody."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from gradguard._entrant import Entrant
+from gradguard._race import Lane, paired_gain
+from gradguard.findings import Effect, Prescription
+from gradguard.outcomes import TrialRun
+
+__all__ = ["NOTICEABLE", "Judgement"]
+
+_NEAR_BEST = 0.95
+"""Share of the best gain from which a less invasive cure is preferred. Source: ours, algorithms.md, section K: within
+5 % of the best, the least invasive."""
+
+NOTICEABLE = 0.02
+"""Share of the untreated loss by which a cure must lower it. Ours: copies that differ by their random numbers alone end
+within 1 %."""
+
+_WORTH_IT = 0.1
+"""The same where nothing is wrong: a working run is not changed for less. Ours."""
+
+_SURE = 2.0
+"""Standard errors by which it must. Ours: one in twenty by chance."""
+
+
+class Judgement:
+    """Compares entrants with the untreated copies, and with each other."""
+
+    def __init__(
+        self, control: Sequence[Lane], entrants: Sequence[Entrant], *, ill: bool, mender: Entrant | None
+    ) -> None:
+        """Look at a contest as it stands.
+
+        Args:
+            control: Untreated copies, one per seed.
+            entrants: All candidates, in the order of the prescriptions.
+            ill: Whether anything is wrong.
+            mender: What a check recommends where no loss tells.
+        """
+        self._control = control
+        self._entrants = entrants
+        self._ill = ill
+        self._mender = mender
+
+    def _gain(self, entrant: Entrant) -> tuple[float, float]:
+        seeds = min(len(entrant.lanes), len(self._control))
+        return paired_gain(self._control[:seeds], entrant.lanes[:seeds])
+
+    def finished(self) -> list[Entrant]:
+        """Return who ran as far as the untreated copy, best first; after an interrupt, whoever ran furthest."""
+        alive = [entrant for entrant in self._entrants if not entrant.out and entrant.lanes]
+        furthest = max((len(entrant.lanes[0].losses) for entrant in alive), default=0)
+        return sorted(
+            (entrant for entrant in alive if 0 < furthest == len(entrant.lanes[0].losses)),
+            key=lambda entrant: entrant.result,
+        )
+
+    def helps(self, entrant: Entrant) -> bool:
+        """Whether a cure ends clearly below the untreated copies."""
+        gain, error = self._gain(entrant)
+        untreated = self.control_loss()
+        asked = NOTICEABLE if self._ill else _WORTH_IT
+        return gain > _SURE * error and (not math.isfinite(untreated) or gain > asked * abs(untreated))
+
+    def somebody_helps(self) -> bool:
+        """Whether any of those who ran to the end helps."""
+        return any(self.helps(entrant) for entrant in self.finished())
+
+    def control_loss(self) -> float:
+        """Return the mean result of the untreated copies, NaN where there is none."""
+        return sum(lane.result for lane in self._control) / len(self._control) if self._control else math.nan
+
+    def _start(self, best: float) -> float:
+        """Return from where gains are counted: what the untreated copy reached, or began with where it rose.
+
+        Against a copy that has diverged all cures gain the same, and the first one would do as well as the best.
+        """
+        losses = [self.control_loss(), *(lane.losses[0] for lane in self._control if lane.losses)]
+        return min((loss for loss in losses if math.isfinite(loss)), default=best)
+
+    def _ranked(self) -> tuple[Entrant | None, list[Entrant]]:
+        """Return the winner, if there is one, and all who ran to the end: the winner first, then by result."""
+        finished = self.finished()
+        helping = [entrant for entrant in finished if self.helps(entrant)]
+        if not helping:
+            first = [] if self._mender is None else [self._mender]
+            return self._mender, [*first, *(entrant for entrant in finished if entrant is not self._mender)]
+        best = helping[0].result
+        most = max(0.0, self._start(best) - best)
+        near = [entrant for entrant in helping if entrant.result <= best + (1.0 - _NEAR_BEST) * most]
+        winner = min(near, key=lambda entrant: (entrant.remedy.level, entrant.result))
+        return winner, [winner, *(entrant for entrant in finished if entrant is not winner)]
+
+    def best(self) -> Prescription | None:
+        """Return what to recommend, with its effect; ``None`` where nothing helps by more than chance."""
+        winner, _ = self._ranked()
+        return None if winner is None else self._measured(winner)
+
+    def ranking(self) -> tuple[Prescription, ...]:
+        """Return who ran to the end, the recommended one first, then by result."""
+        return tuple(self._measured(entrant) for entrant in self._ranked()[1])
+
+    def control_run(self) -> TrialRun:
+        """Return what became of the untreated copy."""
+        lane = self._control[0] if self._control else None
+        return TrialRun(
+            remedy="",
+            loss=self.control_loss(),
+            steps=len(lane.losses) if lane is not None else 0,
+            seeds=len(self._control),
+            outcome="untreated",
+            why=lane.fault if lane is not None else "",
+        )
+
+    def runs(self) -> Iterator[TrialRun]:
+        """Yield what became of every candidate: by rank, then those dropped, then those that were not possible."""
+        winner, ranked = self._ranked()
+        rest = [entrant for entrant in self._entrants if entrant not in ranked]
+        rest.sort(key=lambda entrant: entrant.outcome == "not possible")
+        for entrant in (*ranked, *rest):
+            yield TrialRun(
+                remedy=entrant.prescription.remedy,
+                loss=entrant.result,
+                steps=len(entrant.lanes[0].losses) if entrant.lanes else 0,
+                seeds=len(entrant.lanes),
+                outcome="best" if entrant is winner else self._outcome(entrant, finished=entrant in ranked),
+                why=entrant.out,
+                level=entrant.remedy.level,
+                healthy=entrant.healthy,
+            )
+
+    def _outcome(self, entrant: Entrant, *, finished: bool) -> str:
+        if entrant.outcome or not finished:
+            return entrant.outcome or "dropped"
+        if self.helps(entrant):
+            return "helps"
+        gain, error = self._gain(entrant)
+        return "worse" if gain < -_SURE * error and gain < -NOTICEABLE * abs(self.control_loss()) else "no effect"
+
+    def _measured(self, entrant: Entrant) -> Prescription:
+        effect = Effect(loss_before=self.control_loss(), loss_after=entrant.result, steps=len(entrant.lanes[0].losses))
+        return replace(entrant.prescription, effect=effect)
