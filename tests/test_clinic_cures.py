@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from benchmarks.clinic.case import Case, Job
+from benchmarks.clinic import catalogue
+from benchmarks.clinic.case import Case, Job, job_loss
 from benchmarks.clinic.catalogue import find
 from benchmarks.clinic.cures import __main__ as program
 from benchmarks.clinic.cures import rows
 from benchmarks.clinic.cures.rows import WAYS, CureRow, append, read
-from benchmarks.clinic.cures.runs import advice_only, build, setting_of
+from benchmarks.clinic.cures.runs import Setting, advice_only, build, setting_of, train
 from benchmarks.clinic.cures.tables import figures, is_cured
 from benchmarks.clinic.results import source_hash
+from benchmarks.clinic.workshop import workshop_cases
+from gradguard.rules import RULES
 
 RATE, DETACHED, HEALTHY = "optimizer/rate-too-low-sgd", "residual/cut-in-the-middle", "mlp/relu-4-adam"
 
@@ -127,3 +134,50 @@ def test_rows_are_resumed_by_source_and_the_score_is_written(tmp_path: Path) -> 
     assert len(list(read(results, source=None))) == 1
     assert len(results.read_text().splitlines()) == 2
     assert json.loads(score.read_text())["practice"]["ways"]["gradguard"]["cured"] == 1.0
+
+
+def test_the_workshop_is_sound_and_apart_from_both_halves() -> None:
+    """Every sick case has a healthy twin that differs from it, both can be built, and none is scored by the clinic."""
+    made = workshop_cases()
+    names = [case.name for case in made]
+
+    assert len(set(names)) == len(names)
+    assert not {case.name for case in catalogue.cases()} & set(names)
+    for case, twin in zip(made[::2], made[1::2], strict=True):
+        assert case.is_sick
+        assert case.code in RULES
+        assert case.twin == twin.name
+        assert not twin.is_sick
+        assert find(case.name) is case
+    for case in made[::31]:
+        job = build(case, 0)
+        assert bool(torch.isfinite(job_loss(job, job.batch(0)))) or case.is_sick
+
+
+def test_a_schedule_works_on_the_rate_that_a_cure_has_set() -> None:
+    """It was made with the rate before, and would put that back at every step."""
+    case = next(case for case in workshop_cases() if case.name == "workshop/climbing-mlp-sgd")
+    seen: list[float] = []
+
+    def treat(setting: Setting) -> nn.Module:
+        group = setting.optimizer.param_groups[0]
+        group["lr"] *= 0.1
+        step = setting.optimizer.step
+
+        def told(*given: Any, **options: Any) -> Any:
+            seen.append(group["lr"])
+            return step(*given, **options)
+
+        setting.optimizer.step = told  # type: ignore[method-assign]
+        return setting.job.model
+
+    train(replace(case, build=partial(_few_steps, case)), 0, treat)
+
+    assert seen[0] == pytest.approx(0.002)
+    assert seen[-1] == pytest.approx(0.002 * 1000 ** (5 / 6), rel=1e-6)
+
+
+def _few_steps(case: Case, seed: int) -> Job:
+    job = case.build(seed)
+    job.steps = 6
+    return job

@@ -63,7 +63,9 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     where that is at hand. All copies see the same batches and the same random numbers, an untreated copy among them.
     After a fifth and a half of the steps those behind are dropped; at most three run to the end, under two seeds where
     the budget allows. Among those within 5 % of the best gain the one that changes least is recommended. Learning rates
-    are searched by decades. The model, its gradients, its modes and all random states stay as they are.
+    are searched by decades. Where what a guard saw may be the doing of the first weights or of raw data, cures for
+    those are tried as well, up to six in all. The model, its gradients, its modes and all random states stay as they
+    are.
 
     Args:
         model: Any module that can be copied.
