@@ -82,6 +82,29 @@ def test_weights_that_are_too_large_and_a_first_loss_far_above_chance_are_a_warn
     assert ("and the first loss is 13 times that of chance" in finding.message) is (severity is Severity.WARNING)
 
 
+@pytest.mark.parametrize(("scale", "found"), [(8.0, True), (1.0, False)])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Softsign])
+def test_weights_that_drive_tanh_to_its_ends_are_found_before_the_first_step(
+    scale: float, found: bool, activation: Callable[[], nn.Module]
+) -> None:
+    """Standard deviation 1 at width 64 is eight times too much; the span over depth looks harmless."""
+    torch.manual_seed(0)
+    model = mlp(5, activation, init="xavier")
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(scale)
+
+    diagnosis = gradguard.check(model, digit_batch(64), classification_loss)
+    findings = [finding for finding in diagnosis.findings if finding.code == "GG403"]
+
+    assert bool(findings) is found
+    if found:
+        assert findings[0].severity is Severity.WARNING
+        assert findings[0].evidence["activation_gain"].value < 0.45
+        assert "near their flat ends" in findings[0].message
+
+
 def test_few_layers_of_the_wrong_scale_are_a_remark() -> None:
     """The same over eight layers: 2.7 decades."""
     finding = only(find_poor_initialization(chain(gain=0.408, weight_gain=0.58, activation="ReLU", layers=8), CONFIG))

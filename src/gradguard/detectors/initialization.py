@@ -13,6 +13,7 @@ from gradguard.detectors._attribution import weight_deviations, wished_deviation
 from gradguard.detectors._culprit import explain_depth
 from gradguard.detectors._depth import power, theil_sen_gain, trunk, weight_layers
 from gradguard.detectors._finding import make_finding
+from gradguard.detectors._loss import Trend, loss_progress
 from gradguard.detectors._numbers import column, finite_median, signal
 from gradguard.detectors.depth import observed_spans
 from gradguard.findings import Cause, Evidence, Finding, Severity
@@ -20,6 +21,21 @@ from gradguard.history import History
 from gradguard.records import StepRecord
 
 __all__ = ["find_poor_initialization"]
+
+_TWO_ENDS = frozenset({"Tanh", "Softsign", "Hardtanh"})
+"""Activations that are steepest at 0 and flat on both sides. A sigmoid is none of them: it wants weights ten times as
+large, and trains with them."""
+
+_PASSED = 0.45
+"""Share of its largest derivative that such an activation passes, below which weights drive it to its ends. Ours: 0.2
+to 0.43 in six nets with weights of 4 to 8 times the usual scale, which learn half of what their twins do; 0.59 and more
+in eleven healthy ones."""
+
+_TIMES_WANTED = 3.0
+"""Times the scale that keeps the signal's size. Ours: healthy nets have at most 1.4 times."""
+
+_FEWEST = 2
+"""Such activations that it takes: one alone cannot cut much off. Ours."""
 
 _FAR_ABOVE_CHANCE = 3.0
 """Times ln(classes) that a classifier's first loss must be for its first weights to be at fault beyond doubt. Source:
@@ -31,13 +47,16 @@ _WORTH_SAYING = 1.0
 
 
 def find_poor_initialization(history: History, config: GuardConfig) -> Sequence[Finding]:
-    """Find first weights whose scale makes each layer shrink or enlarge the gradient.
+    """Find first weights whose scale makes each layer shrink or enlarge the gradient, or drives tanh to its ends.
 
     Looked at is the first step, over ``minimum_depth_layers`` or more layers without normalization between most of
     them: the factor per layer lies outside ``initial_gain``, adds up to a decade, and weights explain it rather than
     activations, dead or saturated units or one layer alone. It is a remark beside GG101 and GG102; a warning where the
     measured span was, and still is, beyond ``span_warning``, or where weights that are too large give a classifier a
     first loss of more than three times that of chance. Once training has halved the span nothing is said.
+
+    Weights of more than three times the scale that tanh and its like keep the signal with are a warning, too, if those
+    pass less than 0.45 of the gradient; a remark once the loss has clearly fallen.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``delta_norm`` at step 0.
@@ -48,6 +67,11 @@ def find_poor_initialization(history: History, config: GuardConfig) -> Sequence[
     """
     if not len(history) or history.records[0].step != 0:
         return []
+    found = [*_wrong_gain(history, config), *_at_the_ends(history)]
+    return sorted(found, key=lambda finding: -finding.severity)[:1]
+
+
+def _wrong_gain(history: History, config: GuardConfig) -> Sequence[Finding]:
     record = history.records[0]
     delta = signal(record)
     rows = trunk(record.layers, delta)
@@ -88,6 +112,45 @@ def find_poor_initialization(history: History, config: GuardConfig) -> Sequence[
             cause=Cause.WEIGHT_SCALE,
             confidence=0.8,
             evidence=evidence,
+        )
+    ]
+
+
+def _at_the_ends(history: History) -> Sequence[Finding]:
+    """Find weights that drive activations which saturate on both sides to their flat ends."""
+    record = history.records[0]
+    table = record.layers
+    rows = [row for row, kind in enumerate(table.types) if kind in _TWO_ENDS]
+    if len(rows) < _FEWEST or "norm" in table.roles:
+        return []
+    given, delta = column(record, "input_delta_norm")[rows], column(record, "delta_norm")[rows]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        passed = finite_median(given / delta / np.array(table.derivative_bounds)[rows])
+    deviations = weight_deviations(record)
+    deviation = finite_median(np.array([*deviations.values()]))
+    wanted = wished_deviation(table.types[rows[0]])
+    if not (passed < _PASSED and deviation > _TIMES_WANTED * wanted):
+        return []
+    layers = tuple(name for name in table.names if name in deviations)
+    return [
+        make_finding(
+            "GG403",
+            Severity.INFO if loss_progress(history).trend is Trend.FALLEN else Severity.WARNING,
+            f"The first weights are too large for {table.types[rows[0]]}: their gain is {deviation:.2g}, {wanted:.3g} "
+            f"would keep the signal's size, and {len(rows)} activations near their flat ends pass {passed:.2g} of the "
+            "gradient.",
+            step=0,
+            last_step=0,
+            layer=layers[0],
+            layers=layers,
+            cause=Cause.WEIGHT_SCALE,
+            confidence=0.8,
+            evidence={
+                "activation_gain": Evidence(value=passed, unit="ratio", note=f"median; below {_PASSED:g}"),
+                "weight_deviation": Evidence(value=deviation, note="of the weights, times the root of fan-in"),
+                "critical_deviation": Evidence(value=wanted, note="keeps the gradient's size"),
+                "activation": Evidence(value=table.types[rows[0]]),
+            },
         )
     ]
 
