@@ -74,7 +74,7 @@ def test_what_a_check_remarks_on_the_first_weights_joins_illnesses_of_training(c
     own = tuple(Prescription(remedy=name, reason="") for name in ("lower-learning-rate", "clip-norm", "warm-up"))
     ill = replace(remarks, code=code, severity=Severity.ERROR, prescriptions=own)
 
-    cures = _prescribed(replace(known, findings=(ill,)), batches(1)[0], lambda: replace(known, findings=(remarks,)))
+    cures = _prescribed(replace(known, findings=(ill,)), batches(1)[0], lambda: (remarks,))
 
     names = [cure.remedy for cure in cures]
     assert names[:3] == ["lower-learning-rate", "clip-norm", "warm-up"]
@@ -357,3 +357,23 @@ def test_random_states_of_the_devices_of_the_model_are_put_back(monkeypatch: pyt
 
     assert len(forked) > 20
     assert all(devices == [5] for devices in forked)
+
+
+def test_a_model_that_cannot_be_checked_is_tried_all_the_same() -> None:
+    """Its diagnosis is known; what a check would add is not, and that is no reason to stop."""
+    found = check(net(20), batches(1)[0], classification_loss)
+    cures = (Prescription(remedy="lower-learning-rate", reason=""), Prescription(remedy="clip-norm", reason=""))
+    ill = replace(found.findings[0], code="GG501", severity=Severity.ERROR, prescriptions=cures)
+
+    result = gradguard.trial(
+        net(init="he"),
+        batches(),
+        lambda _model, _batch: torch.zeros(3),
+        adam,
+        diagnosis=replace(found, findings=(ill,)),
+        steps=4,
+    )
+
+    assert result.best is None
+    assert {run.outcome for run in result.runs} == {"diverged"}
+    assert all("compute_loss must return a scalar" in run.why for run in result.runs)

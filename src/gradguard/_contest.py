@@ -25,7 +25,7 @@ from gradguard.remedies.catalogue import Target
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Contest"]
+__all__ = ["FAILURES", "Contest"]
 
 _THROUGH_TIME = frozenset({"GG111", "GG112"})
 """Illnesses of recurrent nets, measured over time steps."""
@@ -46,7 +46,7 @@ _RETRIES = 2
 _SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
 """Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
 
-_FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError)
+FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError)
 """How a remedy or a copy may fail; what else is raised is the user's to see."""
 
 
@@ -232,7 +232,7 @@ class Contest:
             if entrant.remedy.searched and self.shown:
                 self._search_rate(entrant)
             entrant.lanes = [self._treated(entrant, 0)]
-        except _FAILURES as error:
+        except FAILURES as error:
             self._drop(entrant, "not possible", str(error).splitlines()[0] if str(error) else type(error).__name__)
 
     def _search_rate(self, entrant: Entrant) -> None:
@@ -272,7 +272,7 @@ class Contest:
         """Return what a check warns of, and the illness itself however mild it looks there: decades by code, or 1."""
         try:
             diagnosis = check(model, self._batch, self._compute_loss)
-        except _FAILURES:
+        except FAILURES:
             return {}
         return {
             item.code: _decades(item)

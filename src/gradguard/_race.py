@@ -104,8 +104,10 @@ class Lane:
         self.devices = cuda_devices(self.model)
 
     def halves(self, until: int) -> tuple[float, float]:
-        """Return the median loss of the first and of the second half of the steps up to one."""
+        """Return the median loss of the first and of the second half of the steps up to one, NaN for none."""
         losses = self.losses[:until]
+        if not losses:
+            return math.nan, math.nan
         middle = max(1, len(losses) // 2)
         return float(np.median(losses[:middle])), float(np.median(losses[middle:] or losses))
 

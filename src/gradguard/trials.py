@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gradguard._contest import Contest
+from gradguard._contest import FAILURES, Contest
 from gradguard._entrant import Entrant
 from gradguard._plan import make_plan
 from gradguard._race import Batches, Race
-from gradguard.findings import Diagnosis, Prescription, Severity
+from gradguard.findings import Diagnosis, Finding, Prescription, Severity
 from gradguard.monitors._trees import floating_tensors
 from gradguard.outcomes import TrialResult, TrialRun
 from gradguard.preflight import check
@@ -115,7 +115,7 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         diagnosis = check(model, kept.at(0, 0), compute_loss)
     given = [plain_prescription(item) if isinstance(item, str) else item for item in candidates or ()]
     if candidates is None:
-        given = _prescribed(diagnosis, kept.at(0, 0), lambda: check(model, kept.at(0, 0), compute_loss))
+        given = _prescribed(diagnosis, kept.at(0, 0), lambda: _remarks(model, kept.at(0, 0), compute_loss))
     entrants, impossible = _entrants(given)
     if not entrants:
         note = (
@@ -176,7 +176,15 @@ def _illnesses(diagnosis: Diagnosis) -> list[Any]:
     ]
 
 
-def _prescribed(diagnosis: Diagnosis, batch: Any, look: Callable[[], Diagnosis]) -> list[Prescription]:
+def _remarks(model: nn.Module, batch: Any, compute_loss: Callable[[Any, Any], Any]) -> tuple[Finding, ...]:
+    """Return what a check says of the model as it was before the run; nothing where it cannot be checked."""
+    try:
+        return check(model, batch, compute_loss).findings
+    except FAILURES:
+        return ()
+
+
+def _prescribed(diagnosis: Diagnosis, batch: Any, look: Callable[[], tuple[Finding, ...]]) -> list[Prescription]:
     """Return the cures for what is wrong, and then those for what may lie behind it in data or first weights.
 
     Args:
@@ -189,7 +197,7 @@ def _prescribed(diagnosis: Diagnosis, batch: Any, look: Callable[[], Diagnosis])
     if any(finding.code in _OF_TRAINING for finding in illnesses):
         if any(float(data.abs().max()) > _FAR_INPUT for data in floating_tensors(batch) if data.numel()):
             cures.append(plain_prescription("standardize-input"))
-        remarks = [*diagnosis.findings, *look().findings]
+        remarks = [*diagnosis.findings, *look()]
         joining = [cure for finding in remarks if finding.standing for cure in finding.prescriptions]
         known = {cure.remedy for cure in cures}
         more = list({cure.remedy: cure for cure in joining if catalogue.find(cure.remedy) is not None}.values())
