@@ -75,10 +75,20 @@ _OPTIMIZERS |= {f"{kind}-epsilon": partial(_with_epsilon, kind) for kind in _EPS
 _RATES = {"sgd": 0.02, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "adagrad": 1e-2}
 _RATES |= {f"{kind}-epsilon": _RATES[kind] for kind in _EPSILON}
 
+
+def _optimizer(kind: str, rate: float) -> tasks.MakeOptimizer:
+    """Return a maker of an optimizer at so many times its usual learning rate."""
+    return _OPTIMIZERS[kind](_RATES[kind] * rate)
+
+
 _WELL = {nn.ReLU: "he", nn.LeakyReLU: "he", nn.GELU: "he", nn.SiLU: "he", nn.ELU: "lecun", nn.SELU: "lecun"}
 """Initialization by activation; Xavier for others."""
 
 Fault = Callable[[nn.Module], None]
+
+
+def _scheme(activation: Callable[[], nn.Module]) -> str:
+    return _WELL.get(activation, "xavier")  # type: ignore[call-overload,no-any-return]
 
 
 def _spoil(model: nn.Module, fault: Fault | None) -> None:
@@ -108,11 +118,10 @@ def classifier(  # noqa: PLR0913  # keywords with defaults, one per thing that v
     make, features = _DATA[task]
     known = make()
     known = replace(known, x=known.x * inputs + offset, test_x=known.test_x * inputs + offset)
-    scheme = init or _WELL.get(activation, "xavier")  # type: ignore[call-overload]
+    scheme = init or _scheme(activation)
     model = nets.mlp(features, known.classes, depth, activation, width=width, init=scheme, gain=gain)
     _spoil(model, fault)
-    make_optimizer = partial(_OPTIMIZERS[optimizer](_RATES[optimizer] * rate))
-    return tasks.classify(model, known, make_optimizer, seed, steps=steps, **options)
+    return tasks.classify(model, known, _optimizer(optimizer, rate), seed, steps=steps, **options)
 
 
 def _draw(make: Callable[[torch.Tensor], Any]) -> Fault:
@@ -189,7 +198,7 @@ def regression(
         with torch.no_grad():
             model.get_parameter(f"{len(model) - 2}.bias").fill_(-4.0)
     name, rate = options.pop("optimizer", "sgd"), options.pop("rate", 1.0)
-    job = tasks.fit(model, known, _OPTIMIZERS[name](_RATES[name] * rate), seed, held_out=False, **options)
+    job = tasks.fit(model, known, _optimizer(name, rate), seed, held_out=False, **options)
     return _spiked(job, 40, spike) if spike else job
 
 
@@ -204,7 +213,7 @@ def convolutions(
 ) -> Job:
     model = nets.PlainConv(depth, init=init)
     _spoil(model, fault)
-    return tasks.classify(model, data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * rate), seed, steps=160)
+    return tasks.classify(model, data.digits(), _optimizer(optimizer, rate), seed, steps=160)
 
 
 def lenet(
@@ -213,15 +222,13 @@ def lenet(
     model = nets.lenet(activation)
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            nets.initialize(layer, _WELL.get(activation, "xavier"))
+            nets.initialize(layer, _scheme(activation))
     _spoil(model, fault)
-    return tasks.classify(model, data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * rate), seed, steps=240)
+    return tasks.classify(model, data.digits(), _optimizer(optimizer, rate), seed, steps=240)
 
 
 def residual(seed: int, *, blocks: int = 12, optimizer: str = "adam", rate: float = 1.0, **options: Any) -> Job:
-    return tasks.classify(
-        nets.ResidualMLP(blocks, **options), data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * rate), seed
-    )
+    return tasks.classify(nets.ResidualMLP(blocks, **options), data.digits(), _optimizer(optimizer, rate), seed)
 
 
 def autoencoder(
@@ -233,12 +240,12 @@ def autoencoder(
     rate: float = 1.0,
     optimizer: str = "adam",
 ) -> Job:
-    model = nets.autoencoder(activation, depth=depth, init=_WELL.get(activation, "xavier"))
+    model = nets.autoencoder(activation, depth=depth, init=_scheme(activation))
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
                 layer.weight.mul_(gain)
-    return tasks.reconstruct(model, data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * rate), seed)
+    return tasks.reconstruct(model, data.digits(), _optimizer(optimizer, rate), seed)
 
 
 def query_key(factor: float, *, blocks: tuple[int, ...] = ()) -> Fault:
@@ -272,7 +279,7 @@ def reader(
 ) -> Job:
     model = nets_sequence.DigitTransformer(layers, pre_norm=pre_norm)
     _spoil(model, fault)
-    return tasks.classify(model, data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * rate), seed, steps=steps)
+    return tasks.classify(model, data.digits(), _optimizer(optimizer, rate), seed, steps=steps)
 
 
 def decoder(seed: int, *, layers: int = 2, fault: Fault | None = None, rate: float = 1.0) -> Job:
@@ -311,13 +318,11 @@ def letters(
     seed: int, *, kind: Any = nn.LSTM, identity: float | None = None, rate: float = 1.0, optimizer: str = "adam"
 ) -> Job:
     model = nets_sequence.CharacterRNN(data.characters()[2], kind=kind, identity=identity)
-    return tasks.language(model, _OPTIMIZERS[optimizer](_RATES[optimizer] * 3 * rate), seed)
+    return tasks.language(model, _optimizer(optimizer, 3 * rate), seed)
 
 
 def rows(seed: int, *, kind: Any = nn.GRU, rate: float = 1.0, optimizer: str = "adam") -> Job:
-    return tasks.classify(
-        nets_sequence.RowReader(kind), data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * 3 * rate), seed
-    )
+    return tasks.classify(nets_sequence.RowReader(kind), data.digits(), _optimizer(optimizer, 3 * rate), seed)
 
 
 def climbing(make: Callable[..., Job], seed: int, *, factor: float = 1.0, **options: Any) -> Job:
@@ -354,7 +359,7 @@ def snippets(seed: int, *, rate: float = 1.0, optimizer: str = "adam", fault: Fa
     """Return the run of a classifier of word sequences."""
     model = nets_sequence.TextNet()
     _spoil(model, fault)
-    return tasks.classify(model, data.snippets(), _OPTIMIZERS[optimizer](_RATES[optimizer] * 5 * rate), seed)
+    return tasks.classify(model, data.snippets(), _optimizer(optimizer, 5 * rate), seed)
 
 
 class _TwoBranches(nn.Module):
@@ -363,8 +368,7 @@ class _TwoBranches(nn.Module):
     def __init__(self, depth: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.left, self.right = (
-            nets.mlp(32, 32, depth, activation, width=32, init=_WELL.get(activation, "xavier"))  # type: ignore[call-overload]
-            for _ in range(2)
+            nets.mlp(32, 32, depth, activation, width=32, init=_scheme(activation)) for _ in range(2)
         )
         self.head = nn.Linear(64, 10)
 
@@ -387,4 +391,4 @@ def two_branches(
     """Return the run of a net with two branches."""
     model = _TwoBranches(depth, activation)
     _spoil(model, fault)
-    return tasks.classify(model, data.digits(), _OPTIMIZERS[optimizer](_RATES[optimizer] * rate), seed)
+    return tasks.classify(model, data.digits(), _optimizer(optimizer, rate), seed)

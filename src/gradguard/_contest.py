@@ -14,7 +14,7 @@ from gradguard._entrant import Entrant, projected
 from gradguard._judgement import NOTICEABLE, Judgement
 from gradguard._plan import Plan
 from gradguard._race import Lane, Race, check_memory, checked_optimizer, copy_of
-from gradguard._rates import search_rate
+from gradguard._rates import HALF_A_DECADE, search_rate
 from gradguard._untouched import cuda_devices
 from gradguard.errors import GradGuardError
 from gradguard.findings import Finding, Severity
@@ -84,6 +84,7 @@ class Contest:
         self._control: list[Lane] = []
         self._entrants: list[Entrant] = []
         self._mender: Entrant | None = None
+        self._at_first: dict[str, float] | None = None
         self._length = plan.length
         self.shown = True
         self.interrupted = False
@@ -250,17 +251,17 @@ class Contest:
     def _lower_rate(self, entrant: Entrant) -> None:
         """Begin again at a lower rate: what was fine for the few steps of the search is too high for more."""
         factor = float(entrant.prescription.arguments["factor"])
-        entrant.prescription = with_factor(entrant.prescription, factor / math.sqrt(10.0))
+        entrant.prescription = with_factor(entrant.prescription, factor / HALF_A_DECADE)
         entrant.lanes = [self._treated(entrant, 0)]
 
     def _screen(self) -> None:
         """Drop cures that leave before the first step what a check sees in the untreated model."""
-        if self._illness not in _SCREENED or self._illness not in self._found(copy_of(self._model)):
+        if self._illness not in _SCREENED or self._illness not in self._found_at_first():
             return
         hopeless = [
             entrant
             for entrant in self._running()
-            if entrant.remedy.acts_on == "model" and self._illness in self._found(entrant.lanes[0].model)
+            if entrant.remedy.acts_on == "model" and self._illness in self._found_in(entrant.lanes[0])
         ]
         if len(hopeless) == len(self._running()):
             return
@@ -279,6 +280,18 @@ class Contest:
             for item in diagnosis.findings
             if item.standing and (item.severity >= Severity.WARNING or item.code == self._illness)
         }
+
+    def _found_in(self, lane: Lane) -> dict[str, float]:
+        """Return what a check finds in a copy as far as it has been trained; each copy is checked once per length."""
+        if lane.found is None or lane.found[0] != len(lane.losses):
+            lane.found = len(lane.losses), self._found(lane.model)
+        return lane.found[1]
+
+    def _found_at_first(self) -> dict[str, float]:
+        """Return what a check finds in the model as it was given."""
+        if self._at_first is None:
+            self._at_first = self._found(copy_of(self._model))
+        return self._at_first
 
     def _repeat(self, seed: int) -> None:
         """Run the untreated copy and the finalists again under another seed."""
@@ -299,7 +312,7 @@ class Contest:
         if not self._illness:
             return
         for entrant in self._running():
-            entrant.healthy = self._illness not in self._found(entrant.lanes[0].model)
+            entrant.healthy = self._illness not in self._found_in(entrant.lanes[0])
         if not self.judgement.somebody_helps():
             self._mender = self._first_that_mends() if self.shown else self._first_that_is_harmless()
 
@@ -319,9 +332,9 @@ class Contest:
         """
         control = self._control[0]
         before, after = control.halves(self._length)
-        found = self._found(control.model)
+        found = self._found_in(control)
         if before - after <= NOTICEABLE * abs(before):
-            found |= self._found(copy_of(self._model))
+            found = found | self._found_at_first()
         if self._illness not in found:
             return None
         least, mender = _HALF * found[self._illness], None
@@ -330,7 +343,7 @@ class Contest:
                 continue
             last = len(entrant.lanes[0].losses)
             worse = entrant.lanes[0].halves(last)[1] - control.halves(last)[1]
-            left = self._found(entrant.lanes[0].model)
+            left = self._found_in(entrant.lanes[0])
             remains = left.get(self._illness, 0.0)
             if remains < least and left.keys() <= found.keys() and not worse > 0.5 * NOTICEABLE * abs(after):
                 least, mender = remains, entrant

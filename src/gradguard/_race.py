@@ -89,6 +89,7 @@ class Lane:
         optimizer: Its optimizer.
         losses: Loss of each step so far.
         fault: Why it was stopped; empty while it runs.
+        found: After how many steps it was checked last, and what that found; ``None`` before.
         devices: CUDA devices of the copy, whose generators a step moves.
     """
 
@@ -98,6 +99,7 @@ class Lane:
     optimizer: Optimizer
     losses: list[float] = field(default_factory=list)
     fault: str = ""
+    found: tuple[int, dict[str, float]] | None = None
     devices: list[int] = field(init=False)
 
     def __post_init__(self) -> None:

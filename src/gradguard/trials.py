@@ -14,6 +14,7 @@ from gradguard._contest import FAILURES, Contest
 from gradguard._entrant import Entrant
 from gradguard._plan import make_plan
 from gradguard._race import Batches, Race
+from gradguard.detectors.saturated_units import FAR_INPUT
 from gradguard.findings import Diagnosis, Finding, Prescription, Severity
 from gradguard.monitors._trees import floating_tensors
 from gradguard.outcomes import TrialResult, TrialRun
@@ -37,10 +38,6 @@ times too large diverges at its first step, and what a guard sees is a rate that
 _MOST_CANDIDATES = 6
 """Candidates after which no more join for what lies in the first weights. Ours: with more of them each is trained for
 two steps of a short run before half are dropped; with four to six as many of 77 sick runs are cured as with all."""
-
-_FAR_INPUT = 10.0
-"""Largest entry of a batch from which data may be what throws a net. Ours, as for GG302: standardized data stay below
-10."""
 
 
 def trial(  # noqa: PLR0913  # all but four are keywords with defaults
@@ -195,14 +192,16 @@ def _prescribed(diagnosis: Diagnosis, batch: Any, look: Callable[[], tuple[Findi
     illnesses = _illnesses(diagnosis)
     cures = [cure for finding in illnesses for cure in finding.prescriptions]
     if any(finding.code in _OF_TRAINING for finding in illnesses):
-        if any(float(data.abs().max()) > _FAR_INPUT for data in floating_tensors(batch) if data.numel()):
+        if any(float(data.abs().max()) > FAR_INPUT for data in floating_tensors(batch) if data.numel()):
             cures.append(plain_prescription("standardize-input"))
         remarks = [*diagnosis.findings, *look()]
-        joining = [cure for finding in remarks if finding.standing for cure in finding.prescriptions]
         known = {cure.remedy for cure in cures}
-        more = list({cure.remedy: cure for cure in joining if catalogue.find(cure.remedy) is not None}.values())
-        have = sum(catalogue.find(name) is not None for name in known)
-        cures += [cure for cure in more if cure.remedy not in known][: max(0, _MOST_CANDIDATES - have)]
+        free = _MOST_CANDIDATES - sum(catalogue.find(name) is not None for name in known)
+        for cure in (cure for finding in remarks if finding.standing for cure in finding.prescriptions):
+            if free > 0 and cure.remedy not in known and catalogue.find(cure.remedy) is not None:
+                cures.append(cure)
+                known.add(cure.remedy)
+                free -= 1
     return cures
 
 

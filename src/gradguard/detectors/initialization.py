@@ -126,10 +126,12 @@ def _at_the_ends(history: History) -> Sequence[Finding]:
     given, delta = column(record, "input_delta_norm")[rows], column(record, "delta_norm")[rows]
     with np.errstate(divide="ignore", invalid="ignore"):
         passed = finite_median(given / delta / np.array(table.derivative_bounds)[rows])
+    if not passed < _PASSED:
+        return []
     deviations = weight_deviations(record)
     deviation = finite_median(np.array([*deviations.values()]))
     wanted = wished_deviation(table.types[rows[0]])
-    if not (passed < _PASSED and deviation > _TIMES_WANTED * wanted):
+    if not deviation > _TIMES_WANTED * wanted:
         return []
     layers = tuple(name for name in table.names if name in deviations)
     return [

@@ -17,7 +17,7 @@ from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
 from gradguard.history import History
 from gradguard.records import FloatArray
 
-__all__ = ["find_saturated_units"]
+__all__ = ["FAR_INPUT", "find_saturated_units"]
 
 _PASSED = 0.2
 """Measured gain across the activation, as a share of its largest derivative, below which saturation costs the gradient.
@@ -27,7 +27,7 @@ Ours: a healthy sigmoid passes 0.85, a tanh at twice the usual weight gain 0.6; 
 _CUT = 0.02
 """The same below which what lies before is cut off. Ours: a tenth of what saturated layers pass that still learn."""
 
-_FAR_INPUT = 10.0
+FAR_INPUT = 10.0
 """Largest entry of the input from which data, not weights, saturate the first layers. Ours: standardized data stay
 below 10."""
 
@@ -111,7 +111,7 @@ def _finding(
     given = history.layer("input_max_abs")[first]
     known = given[np.isfinite(given)]
     largest = float(known[0]) if known.size else math.nan
-    by_data = largest > _FAR_INPUT
+    by_data = largest > FAR_INPUT
     return make_finding(
         "GG302",
         severity,
