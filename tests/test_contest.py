@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import gradguard
 from gradguard._contest import Contest
 from gradguard._entrant import Entrant
-from gradguard._plan import make_plan
+from gradguard._plan import Plan, make_plan
 from gradguard._race import Batches, Lane, Race, paired_gain
 from gradguard._rates import search_rate
 from gradguard.errors import UnsupportedModelError
@@ -181,7 +181,11 @@ def broken(_: Target) -> Applied:
 
 
 def contest(
-    entrants: list[tuple[str, int, Callable[[Target], Applied]]], *, lr: float = 1e-6, illness: str = ""
+    entrants: list[tuple[str, int, Callable[[Target], Applied]]],
+    *,
+    lr: float = 1e-6,
+    illness: str = "",
+    plan: Plan | None = None,
 ) -> Contest:
     """Run remedies of the test's own against each other."""
     model = net(init="he")
@@ -189,7 +193,7 @@ def contest(
         model,
         Race(Batches(batches(), 40), classification_loss, base_seed=0),
         sgd(lr),
-        plan=make_plan(3, steps=20),
+        plan=make_plan(3, steps=20) if plan is None else plan,
         illness=illness,
     )
     held.run(
@@ -377,3 +381,33 @@ def test_a_model_that_cannot_be_checked_is_tried_all_the_same() -> None:
     assert result.best is None
     assert {run.outcome for run in result.runs} == {"diverged"}
     assert all("compute_loss must return a scalar" in run.why for run in result.runs)
+
+
+@pytest.mark.parametrize(("illness", "overtime"), [("GG111", False), ("GG101", True)])
+def test_memory_is_judged_by_a_check_without_overtime(
+    monkeypatch: pytest.MonkeyPatch, illness: str, overtime: bool
+) -> None:
+    """Hundreds of steps would not show it; a net that stands still in depth may move after fifty."""
+    monkeypatch.setattr(Contest, "_found", lambda _, model: {} if getattr(model, "treated", False) else {illness: 9.0})
+
+    def treat(target: Target) -> Applied:
+        target.model.treated = True  # type: ignore[assignment]
+        return Applied(model=target.model, remedy="test", changes=(), changed=())
+
+    plan = make_plan(1, run_steps=240)
+    held = contest([("mends", 0, treat)], lr=1e-9, illness=illness, plan=plan)
+    best = held.judgement.best()
+
+    assert plan.overtime
+    assert (held.steps_taken > 2 * plan.length) is overtime
+    assert best is not None
+    assert best.remedy == "mends"
+
+
+def test_the_result_of_a_copy_is_not_that_of_one_heavy_batch() -> None:
+    """One loss of a million among the last eight."""
+    model = nn.Linear(1, 1)
+    lane = Lane("", 0, model, torch.optim.SGD(model.parameters(), lr=1.0), losses=[1.0] * 7 + [1e6])
+
+    assert lane.result == 1.0
+    assert lane.halves(8) == (1.0, 1.0)

@@ -105,6 +105,22 @@ def test_weights_that_drive_tanh_to_its_ends_are_found_before_the_first_step(
         assert "near their flat ends" in findings[0].message
 
 
+@pytest.mark.parametrize(("weights", "inputs"), [(8.0, 1e-3), (1.0, 50.0)], ids=["small signal", "far inputs"])
+def test_neither_large_weights_nor_flat_ends_alone_are_the_fault_of_the_weights(weights: float, inputs: float) -> None:
+    """A small signal stays where tanh is steep; inputs that are far off are the data's fault."""
+    torch.manual_seed(0)
+    model = mlp(3, nn.Tanh, init="xavier")
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(weights)
+    x, y = digit_batch(64)
+
+    diagnosis = gradguard.check(model, (x * inputs, y), classification_loss)
+
+    assert "near their flat ends" not in "".join(finding.message for finding in diagnosis.findings)
+
+
 def test_few_layers_of_the_wrong_scale_are_a_remark() -> None:
     """The same over eight layers: 2.7 decades."""
     finding = only(find_poor_initialization(chain(gain=0.408, weight_gain=0.58, activation="ReLU", layers=8), CONFIG))
