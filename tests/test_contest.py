@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,9 @@ from gradguard._plan import Plan, make_plan
 from gradguard._race import Batches, Lane, Race, paired_gain
 from gradguard._rates import search_rate
 from gradguard.errors import UnsupportedModelError
-from gradguard.findings import Prescription, Severity
+from gradguard.findings import Diagnosis, Evidence, Finding, Prescription, Severity
 from gradguard.preflight import check
-from gradguard.prescriptions import prescribe
+from gradguard.prescriptions import plain_prescription, prescribe
 from gradguard.remedies import Applied, catalogue
 from gradguard.remedies.catalogue import Remedy, Target
 from gradguard.trials import _prescribed
@@ -194,7 +194,9 @@ def contest(
         Race(Batches(batches(), 40), classification_loss, base_seed=0),
         sgd(lr),
         plan=make_plan(3, steps=20) if plan is None else plan,
-        illness=illness,
+        illness=None
+        if not illness
+        else Finding(code=illness, name="", family="", severity=Severity.WARNING, message="", step=0, last_step=0),
     )
     held.run(
         [
@@ -411,3 +413,51 @@ def test_the_result_of_a_copy_is_not_that_of_one_heavy_batch() -> None:
 
     assert lane.result == 1.0
     assert lane.halves(8) == (1.0, 1.0)
+
+
+def found_in_a_run(code: str, remedies: Sequence[str], *, step: int, last_step: int, **evidence: float) -> Diagnosis:
+    """Return what a guard may have made of a run: one warning with cures."""
+    finding = Finding(
+        code=code,
+        name="",
+        family="",
+        severity=Severity.WARNING,
+        message="",
+        step=step,
+        last_step=last_step,
+        evidence={name: Evidence(value=value) for name, value in evidence.items()},
+        prescriptions=tuple(plain_prescription(name) for name in remedies),
+    )
+    return Diagnosis(findings=(finding,), verdict="", observations=9, sufficient=True)
+
+
+@pytest.mark.parametrize(("last_step", "recommended"), [(100, "clip-norm"), (0, None)])
+def test_where_nothing_tells_the_first_cure_without_harm_is_named_for_a_run_that_was_ill(
+    last_step: int, recommended: str | None
+) -> None:
+    """At a rate of 1e-9 no loss moves, and no check sees a rate. A check alone, without a run, recommends nothing."""
+    diagnosis = found_in_a_run("GG501", ["clip-norm", "adaptive-clip"], step=0, last_step=last_step)
+    result = gradguard.trial(net(init="he"), batches(), classification_loss, sgd(1e-9), diagnosis=diagnosis, steps=16)
+
+    assert (None if result.best is None else result.best.remedy) == recommended
+    assert ("whether it helps shows in a run" in result.note) is (recommended is not None)
+
+
+def test_copies_are_trained_at_the_rate_that_the_run_had_climbed_to() -> None:
+    """From 1e-4 to 100: what the first steps do not show the trial sees, and lowers the rate of the whole schedule."""
+    given: dict[str, Any] = {
+        "batches": batches(),
+        "compute_loss": classification_loss,
+        "make_optimizer": sgd(1e-2),
+        "run_steps": 400,
+    }
+    climbed = found_in_a_run("GG505", ["lower-learning-rate"], step=130, last_step=200, first_lr=1e-2, climbed_lr=100.0)
+    level = found_in_a_run("GG505", ["lower-learning-rate"], step=130, last_step=200)
+
+    high = gradguard.trial(net(init="he"), diagnosis=climbed, **given)
+    usual = gradguard.trial(net(init="he"), diagnosis=level, **given)
+
+    assert not high.control.loss < 2.5
+    assert usual.control.loss < 2.5
+    assert high.best is not None
+    assert high.best.arguments["factor"] <= 1e-2

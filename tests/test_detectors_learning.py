@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradguard.config import GuardConfig
+from gradguard.detectors import run_detectors
 from gradguard.detectors._episodes import last_episode
 from gradguard.detectors._loss import LossProgress, Trend, judge_losses, loss_growth
 from gradguard.detectors.learning_rate import find_learning_rate
 from gradguard.detectors.no_update import find_no_update
 from gradguard.findings import Cause, Finding, Severity
 from gradguard.history import History
+from gradguard.prescriptions import prescriptions_for
 from gradguard.records import StepRecord
 from tests.histories import DENSE, NAN, chain, changed, falling, flat
 from tests.strategies import any_loss
@@ -218,6 +220,49 @@ def test_a_loss_that_creeps_down_near_chance_is_too_slow(ratio: float, classes: 
 
     assert bool(found) is fires
     assert not fires or found[0].message.endswith("and the loss has not left chance.")
+
+
+@pytest.mark.parametrize(
+    ("level", "noise", "fires"), [(2.3e-4, 0.03, True), (2.3e-4, 0.3, False), (2.3e-4, 0.0, False)]
+)
+def test_a_loss_that_was_scaled_down_is_told_from_one_that_has_fallen(level: float, noise: float, fires: bool) -> None:
+    """Both are far below chance; at chance batches differ by a few per cent, in nets that have learnt by tens."""
+    found = find_learning_rate(owned(run(losses=flat(101, level, noise * level)), {"update_ratio": 4e-6}), CONFIG)
+
+    assert [finding.code for finding in found] == (["GG502"] if fires else [])
+
+
+def test_a_group_far_above_the_others_is_evidence_and_evening_it_out_the_first_cure() -> None:
+    """Of a finding that steps can have made; not of one that a uniform rate has made."""
+    ratio = {"update_ratio": 0.5}
+    uneven = run_detectors(owned(run(), {**ratio, "lr": {0: 0.1, 1: 0.1, **dict.fromkeys(range(2, 12), 1e-3)}}), CONFIG)
+    even = run_detectors(owned(run(), {**ratio, "lr": 0.1}), CONFIG)
+
+    finding = next(f for f in uneven if f.code == "GG501")
+    assert (finding.evidence["highest_lr"].value, finding.evidence["usual_lr"].value) == (0.1, 1e-3)
+    first = prescriptions_for(finding)[0]
+    assert first.remedy == "even-learning-rates"
+    assert "is 100 times that of most weights" in first.reason
+    finding = next(f for f in even if f.code == "GG501")
+    assert "highest_lr" not in finding.evidence
+    assert "even-learning-rates" not in {cure.remedy for cure in prescriptions_for(finding)}
+
+
+def test_a_rate_that_has_climbed_is_evidence() -> None:
+    """From a thousandth to one; a rate that falls, or one that was raised fivefold, is not mentioned."""
+
+    def found(rate: Callable[[int], float]) -> Finding:
+        history = changed(
+            owned(run(), {"update_ratio": 0.5}),
+            lambda record: replace(record, scalars={**record.scalars, "lr": rate(record.step)}),
+        )
+        return next(f for f in run_detectors(history, CONFIG) if f.code == "GG501")
+
+    evidence = found(lambda step: 1e-3 * 10 ** (step / 33)).evidence
+    assert evidence["first_lr"].value == pytest.approx(1e-3)
+    assert evidence["climbed_lr"].value == pytest.approx(10 ** (100 / 33 - 3))
+    assert "climbed_lr" not in found(lambda step: 0.99**step).evidence
+    assert "climbed_lr" not in found(lambda step: 1.0 + min(4.0, step)).evidence
 
 
 @pytest.mark.parametrize(

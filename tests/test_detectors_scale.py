@@ -13,9 +13,11 @@ from torch import nn
 
 import gradguard
 from gradguard.config import GuardConfig
+from gradguard.detectors import run_detectors
 from gradguard.detectors.clipping import find_clipping
 from gradguard.detectors.epsilon import find_epsilon_limited, find_update_rms_spike
 from gradguard.detectors.initialization import find_poor_initialization
+from gradguard.diagnosis import link_findings
 from gradguard.findings import Cause, Finding, Severity
 from gradguard.history import History
 from gradguard.records import StepRecord
@@ -157,13 +159,26 @@ def test_eps_that_sets_the_updates_is_a_warning_where_the_loss_does_not_fall() -
     assert "sets the updates, not the gradient (about 1e-11)" in finding.message
 
 
+def test_eps_explains_steps_that_are_too_small_though_it_is_seen_an_observation_later() -> None:
+    """There is no second moment before the first step, so what is so when first seen was so from the start."""
+    history = filled(
+        six(), epsilon_fraction=lambda step: 1.0 if step else NAN, second_moment_rms=1e-11, update_ratio=1e-9
+    )
+    linked = link_findings(run_detectors(history, CONFIG))
+
+    assert [(f.code, f.step, f.consequence_of) for f in linked if f.code in {"GG502", "GG504"}] == [
+        ("GG504", 0, None),
+        ("GG502", 0, "GG504"),
+    ]
+
+
 @pytest.mark.parametrize(
     "history",
     [
         filled(six(steps=(0, 1, 2, 5)), epsilon_fraction=1.0),
         filled(six(), epsilon_fraction=0.3),
         filled(six(), epsilon_fraction=lambda step: 1.0 if step < 50 else 0.0),
-        filled(six(losses=flat(101, 0.01, 0.001)), epsilon_fraction=1.0),
+        filled(six(losses=flat(101, 0.01, 0.003)), epsilon_fraction=1.0),
         filled(six(), epsilon_fraction=NAN),
         filled(six(losses=[]), epsilon_fraction=1.0),
     ],

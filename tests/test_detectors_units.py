@@ -83,6 +83,12 @@ def test_half_of_a_layer_is_a_warning_once_it_has_lasted(steps: Sequence[int], f
     assert [f.severity for f in found] == ([Severity.WARNING] if fires else [])
 
 
+def test_a_loss_that_fell_from_far_above_and_is_still_worse_than_chance_takes_nothing_off() -> None:
+    """Raw data far from 0: 93 at first, 6 after 200 steps, where three classes have 1.1 by guessing."""
+    assert one_dead(dead(relu(losses=falling(201, 93.0, 6.0), classes=3), 0.6, 3)).severity is Severity.WARNING
+    assert one_dead(dead(relu(losses=falling(201, 93.0, 0.4), classes=3), 0.6, 3)).severity is Severity.INFO
+
+
 @pytest.mark.parametrize(("share", "severity"), [(0.6, Severity.INFO), (0.97, Severity.WARNING)])
 def test_a_loss_that_has_fallen_takes_one_level_off(share: float, severity: Severity) -> None:
     """Some nets that train end with more than half of a layer dead."""

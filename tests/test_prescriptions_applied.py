@@ -27,6 +27,7 @@ EVIDENCE: tuple[dict[str, float | str], ...] = (
     {"activation": "SELU", "blocks": 12, "usual_norm": 3.0},
     {"mean_gate": 0.5, "largest_norm": 0.1},
     {"derivative": 0.9},
+    {"highest_lr": 0.3, "usual_lr": 1e-3},
     {"kind": "unused"},
     {"kind": "detached"},
 )
@@ -221,7 +222,9 @@ def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 def loop(model: nn.Module, batch: torch.Tensor) -> dict[str, Any]:
     """Return the names of a usual training loop, in working order."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    *most, last = model.parameters()
+    groups: list[dict[str, Any]] = [{"params": most}, {"params": [last], "lr": 0.2}]
+    optimizer = torch.optim.Adam(groups, lr=0.01)
     optimizer.param_groups[0]["initial_lr"] = 0.02  # as a scheduler leaves it
     return {
         "torch": torch,

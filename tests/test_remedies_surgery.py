@@ -365,6 +365,23 @@ def test_standardized_input_reaches_the_first_layer_with_mean_zero_and_deviation
     assert not isinstance(model[2], Standardized)
 
 
+def test_standardized_input_is_held_within_ten_deviations() -> None:
+    """A feature that hardly varies in the batch is a thousand deviations out elsewhere, and would drown the others."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(64, 3)
+    data[:, 2] = 5.0
+    data[0, 2] = 5.001
+    standardize_input(model, batch=data)
+    seen: list[torch.Tensor] = []
+    first = model[0]
+    assert isinstance(first, Standardized)
+    first.layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(torch.tensor([[0.0, 0.0, 6.0], [0.0, 0.0, -6.0]]))
+
+    assert seen[0][:, 2].tolist() == [10.0, -10.0]
+    assert float(seen[0][:, :2].abs().max()) < 1.0
+
+
 @pytest.mark.parametrize(
     ("model", "batch", "error", "words"),
     [

@@ -432,12 +432,15 @@ def test_a_guard_tries_cures_for_its_own_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["lower-learning-rate", "clip-norm", "adaptive-clip", "smaller-epsilon", "lower-beta2"]
+    "name",
+    ["lower-learning-rate", "even-learning-rates", "clip-norm", "adaptive-clip", "smaller-epsilon", "lower-beta2"],
 )
 def test_cures_of_the_optimizer_are_applied_and_undone(name: str) -> None:
     """Rates, constants and hooks are as before after undo()."""
     model = net(init="he")
-    optimizer = adam(model)
+    *most, last = model.parameters()
+    groups: list[dict[str, Any]] = [{"params": most}, {"params": [last], "lr": 0.3, "initial_lr": 0.6}]
+    optimizer = torch.optim.Adam(groups, lr=1e-3)
     before = copy.deepcopy(optimizer.state_dict()), len(optimizer._optimizer_step_pre_hooks)
     applied = gradguard.apply(name, model, optimizer=optimizer)
 

@@ -13,32 +13,37 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from benchmarks.clinic.case import Case, Job, healthy, sick
+from benchmarks.clinic.workshop_faults import (
+    NARROW,
+    NORMAL,
+    UNIFORM,
+    attention_scale,
+    biases,
+    climbing,
+    gate,
+    grouped,
+    heavy,
+    query_key,
+    recurrent_gain,
+    scale_layers,
+    shrunk,
+)
 from benchmarks.clinic.workshop_nets import (
     GRU,
     LSTM,
-    NARROW,
-    NORMAL,
     RNN,
-    UNIFORM,
-    attention_scale,
     autoencoder,
-    biases,
     called,
     classifier,
-    climbing,
     convolutions,
     decoder,
-    gate,
-    heavy,
     lenet,
     letters,
-    query_key,
     reader,
     recall,
     regression,
     residual,
     rows,
-    scale_layers,
     snippets,
     two_branches,
 )
@@ -225,8 +230,36 @@ def _narrow() -> Iterator[_Pair]:
         yield _pair(f"raw-{task}-{called(kind)}-{optimizer}", "GG302", twin, {"task": f"raw {task}"})
 
 
+def _plateaus() -> Iterator[_Pair]:
+    """Yield perceptrons that learn parities: even the healthy ones stand still for a hundred steps."""
+    for name, code, kind, depth, optimizer, fault in (
+        ("small", "GG101", _RELU, 7, "adam", {"gain": 0.4}),
+        ("small", "GG101", _TANH, 8, "sgd", {"gain": 0.5}),
+        ("default", "GG101", _RELU, 8, "adam", {"init": "default"}),
+        ("sigmoid", "GG101", _TANH, 6, "adam", {"activation": _SIGMOID}),
+        ("narrow", "GG101", _GELU, 5, "adam", {"fault": NARROW}),
+        ("large", "GG102", _RELU, 6, "adam", {"gain": 3.0}),
+        ("normal", "GG102", _GELU, 4, "sgd", {"fault": NORMAL}),
+        ("dead", "GG301", _RELU, 5, "adam", {"fault": biases(-4.0)}),
+        ("dead-one", "GG301", _RELU, 4, "sgd", {"fault": biases(-8.0, 1)}),
+        ("saturated", "GG302", _TANH, 4, "adam", {"fault": biases(15.0, 1)}),
+        ("far", "GG302", _TANH, 3, "adam", {"inputs": 50.0}),
+        ("offset", "GG302", _RELU, 3, "adam", {"offset": 60.0}),
+        ("rate", "GG501", _RELU, 5, "adam", {"rate": 300.0}),
+        ("rate", "GG501", _TANH, 4, "sgd", {"rate": 300.0}),
+        ("rate-low", "GG502", _RELU, 5, "adam", {"rate": 1e-3}),
+        ("rate-low", "GG502", _TANH, 4, "sgd", {"rate": 1e-3}),
+        ("epsilon", "GG504", _GELU, 5, "adam", {"optimizer": "adam-epsilon"}),
+    ):
+        task = "parity" if kind is not _TANH else "parity of 3"
+        twin = {"depth": depth, "activation": kind, "task": task, "optimizer": optimizer, "rate": 5.0}
+        if optimizer == "sgd" and kind is not _TANH:
+            twin["rate"] = 1.0
+        yield _pair(f"parity-{name}-{called(kind)}-{optimizer}", code, twin, fault)
+
+
 _DEEP: dict[str, Any] = {"depth": 12, "activation": nn.Tanh}
-_ADAM: dict[str, Any] = {"optimizer": "adam"}
+_ADAM, _ADAMW, _SGD = ({"optimizer": name} for name in ("adam", "adamw", "sgd"))
 _OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]], ...] = (
     ("regression-small", "GG101", regression, {"depth": 10, "optimizer": "adam"}, {"gain": 0.2}),
     ("regression-sigmoid", "GG101", regression, _DEEP, {"activation": nn.Sigmoid, "gain": 0.7}),
@@ -332,6 +365,46 @@ _OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any
     ("reader-sharp-6", "GG701", reader, {"layers": 6}, {"fault": query_key(20.0)}),
     ("reader-post-sharp", "GG701", reader, {"layers": 3, "pre_norm": False}, {"fault": query_key(15.0)}),
     ("rows-rate", "GG501", rows, {"kind": nn.RNN}, {"rate": 100.0}),
+    ("shrunk-mlp-adam", "GG504", partial(shrunk, classifier), {"depth": 5}, {"scale": 1e-9}),
+    ("shrunk-mlp-adamw", "GG504", partial(shrunk, classifier), {"activation": nn.GELU, **_ADAMW}, {"scale": 1e-8}),
+    ("shrunk-conv", "GG504", partial(shrunk, convolutions), {"depth": 4}, {"scale": 1e-10}),
+    ("shrunk-reader", "GG504", partial(shrunk, reader), {"layers": 2}, {"scale": 1e-9}),
+    ("shrunk-letters", "GG504", partial(shrunk, letters), {}, {"scale": 1e-8}),
+    ("shrunk-regression", "GG504", partial(shrunk, regression), _ADAM, {"scale": 1e-10}),
+    ("shrunk-autoencoder", "GG504", partial(shrunk, autoencoder), {}, {"scale": 1e-7}),
+    ("shrunk-mlp-sgd", "GG502", partial(shrunk, classifier), {"optimizer": "sgd"}, {"scale": 1e-4}),
+    ("shrunk-lenet-sgd", "GG502", partial(shrunk, lenet), {"optimizer": "sgd"}, {"scale": 1e-3}),
+    ("grouped-keys-decoder", "GG702", partial(grouped, decoder), {"part": "key", "layers": 2}, {"factor": 100.0}),
+    ("grouped-queries-reader", "GG702", partial(grouped, reader), {"part": "query"}, {"factor": 300.0}),
+    ("grouped-attention-reader", "GG501", partial(grouped, reader), {"part": "attention"}, {"factor": 100.0}),
+    ("grouped-head-reader", "GG501", partial(grouped, reader), {"part": "head"}, {"factor": 3e3}),
+    ("grouped-first-mlp", "GG501", partial(grouped, classifier), {"part": "0."}, {"factor": 300.0}),
+    ("grouped-middle-mlp", "GG501", partial(grouped, classifier), {"part": "4.", "depth": 4}, {"factor": 1e3}),
+    ("grouped-recurrent", "GG501", partial(grouped, letters), {"part": "hh"}, {"factor": 100.0}),
+    ("grouped-conv-sgd", "GG501", partial(grouped, convolutions), {"part": "weight", **_SGD}, {"factor": 100.0}),
+    ("once-mlp-sgd", "GG103", partial(heavy, classifier), {**_SGD, "every": 121}, {"weight": 1e4}),
+    ("once-conv-sgd", "GG103", partial(heavy, convolutions), {**_SGD, "every": 90, "depth": 5}, {"weight": 1e4}),
+    ("once-early-mlp-sgd", "GG103", partial(heavy, classifier), {**_SGD, "every": 9}, {"weight": 1e3}),
+    ("once-letters-sgd", "GG103", partial(heavy, letters), {**_SGD, "rate": 10.0, "every": 81}, {"weight": 1e4}),
+    ("heavy-decoder", "GG703", partial(heavy, decoder), {"layers": 2}, {"weight": 1e4}),
+    ("heavy-reader-deep", "GG703", partial(heavy, reader), {"layers": 6, "every": 60}, {"weight": 1e5}),
+    ("heavy-rows", "GG703", partial(heavy, rows), {"every": 50}, {"weight": 1e5}),
+    ("heavy-lenet", "GG703", partial(heavy, lenet), {"every": 30}, {"weight": 1e5}),
+    ("biased-Tanh-5-sgd", "GG302", classifier, {"depth": 5, "activation": _TANH, **_SGD}, {"fault": biases(20.0, 2)}),
+    ("biased-Sigmoid-3", "GG302", classifier, {"depth": 3, "activation": _SIGMOID}, {"fault": biases(-30.0, 1)}),
+    ("biased-Tanh-lenet", "GG302", lenet, {"activation": nn.Tanh}, {"fault": biases(15.0, 1)}),
+    ("offset-Tanh-4", "GG302", classifier, {"depth": 4, "activation": _TANH}, {"offset": 30.0}),
+    ("offset-ELU-3-sgd", "GG302", classifier, {"depth": 3, "activation": _ELU, **_SGD}, {"offset": 100.0}),
+    ("offset-Sigmoid-2", "GG302", classifier, {"depth": 2, "activation": _SIGMOID, "task": "wine"}, {"offset": -50.0}),
+    ("autoencoder-sharp", "GG302", autoencoder, {"activation": nn.Sigmoid, "depth": 2}, {"gain": 40.0}),
+    ("rows-rnn-grows", "GG112", rows, {"kind": nn.RNN}, {"fault": recurrent_gain(4.0)}),
+    ("letters-rnn-grows", "GG112", letters, {"kind": nn.RNN}, {"fault": recurrent_gain(6.0)}),
+    ("letters-lstm-forgets", "GG111", letters, {}, {"fault": gate(-6.0)}),
+    ("recall-rnn-35-grows", "GG112", recall, {**RNN, "length": 35}, {"gain": 1.8}),
+    ("recall-rnn-20-grows", "GG112", recall, {**RNN, "length": 20}, {"gain": 3.0}),
+    ("recall-lstm-30-closed", "GG111", recall, {**LSTM, "length": 30}, {"fault": gate(-2.0)}),
+    ("regression-rate-adam", "GG501", regression, {**_ADAM, "depth": 6}, {"rate": 300.0}),
+    ("regression-rate-deep", "GG501", regression, {**_ADAM, "depth": 3, "activation": nn.GELU}, {"rate": 1e3}),
 )
 """Name, code, maker, options of the healthy twin, and what the sick run has instead."""
 
@@ -341,7 +414,7 @@ def workshop_cases() -> tuple[Case, ...]:
     """Return the sick cases, each followed by its healthy twin."""
     made: list[Case] = []
     others = (_pair(name, code, twin, fault, make) for name, code, make, twin, fault in _OTHERS)
-    for name, code, about, spoilt, sound in (*_scaled(), *_spoilt(), *_narrow(), *others):
+    for name, code, about, spoilt, sound in (*_scaled(), *_spoilt(), *_narrow(), *_plateaus(), *others):
         twin = healthy(f"{_PREFIX}{name}-twin", sound, "the same without the fault", learns=0.3)
         made += [sick(_PREFIX + name, spoilt, about, code=code, twin=twin.name), twin]
     return tuple(made)

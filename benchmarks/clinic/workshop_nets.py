@@ -1,4 +1,4 @@
-"""Networks of the workshop, and what can be done to them."""
+"""Networks of the workshop."""
 
 from __future__ import annotations
 
@@ -12,34 +12,24 @@ from torch import nn
 
 from benchmarks.clinic import data, nets, nets_sequence, tasks
 from benchmarks.clinic.case import Job
+from benchmarks.clinic.workshop_faults import Fault, spiked
 
 __all__ = [
     "GRU",
     "LSTM",
-    "NARROW",
-    "NORMAL",
     "RNN",
-    "UNIFORM",
-    "Fault",
-    "attention_scale",
     "autoencoder",
-    "biases",
     "called",
     "classifier",
-    "climbing",
     "convolutions",
     "decoder",
-    "gate",
-    "heavy",
     "lenet",
     "letters",
-    "query_key",
     "reader",
     "recall",
     "regression",
     "residual",
     "rows",
-    "scale_layers",
     "snippets",
     "two_branches",
 ]
@@ -50,6 +40,8 @@ _DATA: dict[str, tuple[Callable[[], data.Data], int]] = {
     "wine": (data.wine, 13),
     "circles": (data.circles, 2),
     "blobs": (data.blobs, 2),
+    "parity": (partial(data.parity, 10, 4), 10),
+    "parity of 3": (data.parity, 8),
     "raw cancer": (partial(data.breast_cancer, scaled=False), 30),
     "raw wine": (partial(data.wine, scaled=False), 13),
 }
@@ -83,8 +75,6 @@ def _optimizer(kind: str, rate: float) -> tasks.MakeOptimizer:
 
 _WELL = {nn.ReLU: "he", nn.LeakyReLU: "he", nn.GELU: "he", nn.SiLU: "he", nn.ELU: "lecun", nn.SELU: "lecun"}
 """Initialization by activation; Xavier for others."""
-
-Fault = Callable[[nn.Module], None]
 
 
 def _scheme(activation: Callable[[], nn.Module]) -> str:
@@ -124,64 +114,8 @@ def classifier(  # noqa: PLR0913  # keywords with defaults, one per thing that v
     return tasks.classify(model, known, _optimizer(optimizer, rate), seed, steps=steps, **options)
 
 
-def _draw(make: Callable[[torch.Tensor], Any]) -> Fault:
-    """Return a fault: all weights drawn by a function of torch's, biases zero."""
-
-    def spoil(model: nn.Module) -> None:
-        for layer in model.modules():
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                make(layer.weight)
-                if layer.bias is not None:
-                    layer.bias.zero_()
-
-    return spoil
-
-
-NORMAL, UNIFORM, NARROW = (
-    _draw(nn.init.normal_),
-    _draw(nn.init.uniform_),
-    _draw(partial(nn.init.uniform_, a=-0.02, b=0.02)),
-)
-
-
 def called(kind: Callable[[], nn.Module]) -> str:
     return str(getattr(kind, "__name__", kind))
-
-
-def scale_layers(factor: float, *places: int) -> Fault:
-    """Return a fault: the weights of some layers, counted from the input, times a factor."""
-
-    def spoil(model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        for place in places:
-            layers[place].weight.mul_(factor)
-
-    return spoil
-
-
-def biases(value: float, *places: int) -> Fault:
-    """Return a fault: the biases of some layers, all but the last where none are named."""
-
-    def spoil(model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        for place in places or range(len(layers) - 1):
-            bias = layers[place].bias
-            if bias is not None:
-                bias.fill_(value)
-
-    return spoil
-
-
-def _spiked(job: Job, every: int, factor: float, first: int = 60) -> Job:
-    """Return a run whose targets are far too large in a batch now and then."""
-    draw = job.batch
-
-    def batch(step: int) -> Any:
-        x, y = draw(step)
-        return x, y * factor if step >= first and step % every == 0 else y
-
-    job.batch = batch
-    return job
 
 
 def regression(
@@ -199,7 +133,7 @@ def regression(
             model.get_parameter(f"{len(model) - 2}.bias").fill_(-4.0)
     name, rate = options.pop("optimizer", "sgd"), options.pop("rate", 1.0)
     job = tasks.fit(model, known, _optimizer(name, rate), seed, held_out=False, **options)
-    return _spiked(job, 40, spike) if spike else job
+    return spiked(job, 40, spike) if spike else job
 
 
 def convolutions(
@@ -248,25 +182,6 @@ def autoencoder(
     return tasks.reconstruct(model, data.digits(), _optimizer(optimizer, rate), seed)
 
 
-def query_key(factor: float, *, blocks: tuple[int, ...] = ()) -> Fault:
-    def spoil(model: nn.Module) -> None:
-        found = [m for m in model.modules() if isinstance(m, nets_sequence.Attention)]
-        for place in blocks or range(len(found)):
-            for name in ("query", "key"):
-                found[place].get_submodule(name).weight.mul_(factor)  # type: ignore[operator]
-
-    return spoil
-
-
-def attention_scale(scale: float) -> Fault:
-    def spoil(model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, nets_sequence.Attention):
-                module.scale = scale
-
-    return spoil
-
-
 def reader(
     seed: int,
     *,
@@ -302,57 +217,26 @@ GRU: dict[str, Any] = {"kind": nn.GRU, "start": "keep"}
 RNN: dict[str, Any] = {"kind": nn.RNN, "start": "orthogonal"}
 
 
-def gate(value: float) -> Fault:
-    """Return a fault: the biases of the gate that keeps the state."""
-
-    def spoil(model: nn.Module) -> None:
-        rnn = model.get_submodule("rnn")
-        width = int(rnn.hidden_size)  # type: ignore[arg-type]
-        for name in ("bias_ih_l0", "bias_hh_l0"):
-            rnn.get_parameter(name)[width : 2 * width] = value / 2
-
-    return spoil
-
-
 def letters(
-    seed: int, *, kind: Any = nn.LSTM, identity: float | None = None, rate: float = 1.0, optimizer: str = "adam"
+    seed: int,
+    *,
+    kind: Any = nn.LSTM,
+    identity: float | None = None,
+    rate: float = 1.0,
+    optimizer: str = "adam",
+    fault: Fault | None = None,
 ) -> Job:
     model = nets_sequence.CharacterRNN(data.characters()[2], kind=kind, identity=identity)
+    _spoil(model, fault)
     return tasks.language(model, _optimizer(optimizer, 3 * rate), seed)
 
 
-def rows(seed: int, *, kind: Any = nn.GRU, rate: float = 1.0, optimizer: str = "adam") -> Job:
-    return tasks.classify(nets_sequence.RowReader(kind), data.digits(), _optimizer(optimizer, 3 * rate), seed)
-
-
-def climbing(make: Callable[..., Job], seed: int, *, factor: float = 1.0, **options: Any) -> Job:
-    """Return a run whose learning rate climbs from the first step to the last, by a factor in all."""
-    job = make(seed, **options)
-    groups = [group for optimizer in job.optimizers for group in optimizer.param_groups]
-    starts = [float(group["lr"]) for group in groups]
-
-    def schedule(step: int) -> None:
-        for group, start in zip(groups, starts, strict=True):
-            group["lr"] = start * factor ** (step / job.steps)
-
-    if factor != 1.0:
-        job.before_step = schedule
-    return job
-
-
-def heavy(make: Callable[..., Job], seed: int, *, weight: float = 1.0, every: int = 40, **options: Any) -> Job:
-    """Return a run in which the loss of a batch now and then weighs far more than that of the others."""
-    job = make(seed, **options)
-    loss, draw = job.loss, job.batch
-    weights = {"now": 1.0}
-
-    def batch(step: int) -> Any:
-        weights["now"] = weight if step % every == every - 1 else 1.0
-        return (*draw(step), weights["now"])
-
-    job.batch = batch
-    job.loss = lambda model, given: loss(model, given[:2]) * given[2]
-    return job
+def rows(
+    seed: int, *, kind: Any = nn.GRU, rate: float = 1.0, optimizer: str = "adam", fault: Fault | None = None
+) -> Job:
+    model = nets_sequence.RowReader(kind)
+    _spoil(model, fault)
+    return tasks.classify(model, data.digits(), _optimizer(optimizer, 3 * rate), seed)
 
 
 def snippets(seed: int, *, rate: float = 1.0, optimizer: str = "adam", fault: Fault | None = None) -> Job:

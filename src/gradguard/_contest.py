@@ -34,8 +34,9 @@ _HALF = 0.5
 """Share of an illness's decades that a cure may leave where no loss tells. Ours: over 60 steps orthogonal weights leave
 3.7 of 15.5 decades to a tanh RNN."""
 
-_EVENTS = frozenset({"GG103", "GG505", "GG703"})
-"""Illnesses that come over a run that was well until then: spikes, divergence, steps far above the usual ones."""
+_EVENTS = frozenset({"GG103", "GG402", "GG505", "GG701", "GG702", "GG703"})
+"""Illnesses that come over a run that was well until then: spikes, divergence, steps far above the usual ones, weights
+and attention logits that grow."""
 
 _LATE = 20
 """Step from which on they came late: a trial from the first weights may be over before they show. Ours."""
@@ -64,8 +65,7 @@ class Contest:
         make_optimizer: Callable[[Any], Optimizer],
         *,
         plan: Plan,
-        illness: str = "",
-        onset: int = 0,
+        illness: Finding | None = None,
         deadline: float = math.inf,
         progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -77,8 +77,10 @@ class Contest:
         self._batch = race.batch
         self._compute_loss = race.compute_loss
         self._plan = plan
-        self._illness = illness
-        self._onset = onset
+        self._illness = "" if illness is None else illness.code
+        self._onset = 0 if illness is None else illness.step
+        self._climbed = illness is not None and "climbed_lr" in illness.evidence
+        self._lasted = illness is not None and illness.last_step >= _LATE
         self._deadline = deadline
         self._progress = progress
         self._control: list[Lane] = []
@@ -87,6 +89,7 @@ class Contest:
         self._at_first: dict[str, float] | None = None
         self._length = plan.length
         self.shown = True
+        self.unproven = False
         self.interrupted = False
 
     @property
@@ -123,10 +126,10 @@ class Contest:
 
     def _shows(self, untreated: Lane) -> bool:
         """Whether the untreated copy is ill: what began late in a run need not show in its first steps."""
-        before, after = untreated.halves(self._plan.length)
-        well = not untreated.fault and before - after > NOTICEABLE * abs(before)
+        well = untreated.falls(self._plan.length, share=NOTICEABLE)
         preventive = any(entrant.remedy.level == 0 for entrant in self._entrants)
-        return not (self._illness in _EVENTS and self._onset >= _LATE and well and preventive)
+        late = self._illness in _EVENTS and self._onset >= _LATE and not self._climbed
+        return not (late and well and preventive)
 
     def _run_on(self) -> None:
         """Where no loss tells a cure from nothing, take those that were dropped for it back in, and run for longer.
@@ -137,7 +140,9 @@ class Contest:
         if self._illness in _THROUGH_TIME and not self._control[0].fault and self._first_that_mends() is not None:
             return
         for rung, keep in self._plan.overtime:
-            if not self.shown or self._control[0].fault or self.judgement.somebody_helps():
+            chance = math.nan if self._race.chance is None else self._race.chance
+            lost = bool(self._control[0].fault) and math.isnan(chance)
+            if not self.shown or lost or self.judgement.somebody_learns(chance):
                 return
             if rung == self._plan.overtime[0][0]:
                 for entrant in self._entrants:
@@ -313,11 +318,16 @@ class Contest:
             return
         for entrant in self._running():
             entrant.healthy = self._illness not in self._found_in(entrant.lanes[0])
-        if not self.judgement.somebody_helps():
-            self._mender = self._first_that_mends() if self.shown else self._first_that_is_harmless()
+        if self.judgement.somebody_helps():
+            return
+        self._mender = self._first_that_mends() if self.shown else None
+        moves = self._control[0].fault or self._control[0].falls(self._length, share=NOTICEABLE)
+        self.unproven = self._mender is None and (not self.shown or (self._lasted and not moves))
+        if self.unproven:
+            self._mender = self._first_that_is_harmless()
 
     def _first_that_is_harmless(self) -> Entrant | None:
-        """Return the first cure that costs nothing in steps that are well without it."""
+        """Return the first cure that costs nothing in these steps."""
         allowed = self.judgement.control_loss() + NOTICEABLE * abs(self.judgement.control_loss())
         finished = self.judgement.finished()
         return next((entrant for entrant in self._entrants if entrant in finished and entrant.result <= allowed), None)
@@ -331,9 +341,9 @@ class Contest:
         untreated copy that learns it must still be there at the end.
         """
         control = self._control[0]
-        before, after = control.halves(self._length)
+        after = control.halves(self._length)[1]
         found = self._found_in(control)
-        if before - after <= NOTICEABLE * abs(before):
+        if not control.falls(self._length, share=NOTICEABLE):
             found = found | self._found_at_first()
         if self._illness not in found:
             return None

@@ -17,12 +17,14 @@ from gradguard._arguments import refuse_compiled
 from gradguard._passes import scalar_loss
 from gradguard._untouched import cuda_devices
 from gradguard.errors import GradGuardError, UnsupportedModelError
+from gradguard.monitors.losses import is_cross_entropy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = [
     "LAST",
+    "SURE",
     "Batches",
     "Lane",
     "Race",
@@ -35,6 +37,15 @@ __all__ = [
 LAST = 8
 """Losses at the end of a trial whose median is its result. Source: ours, algorithms.md, section K; the median, since
 one batch that weighs ten thousand times the others is the whole mean."""
+
+SURE = 2.0
+"""Standard errors by which losses must differ. Ours: one in twenty by chance."""
+
+_FEWEST = 4
+"""Losses below which nothing is said of a fall. Ours: two medians of two."""
+
+_FROM_CHANCE = 0.75
+"""Share of ln(classes) above which the first loss of a classifier lies that has learnt nothing. As in ``_loss``."""
 
 _BLOWN_UP = 100.0
 """Times the first loss of the untreated copy above which a copy has diverged, even where it is finite. Ours."""
@@ -113,6 +124,20 @@ class Lane:
         middle = max(1, len(losses) // 2)
         return float(np.median(losses[:middle])), float(np.median(losses[middle:] or losses))
 
+    def falls(self, until: int, *, share: float) -> bool:
+        """Whether the loss falls by more than a share of itself, and more than batches differ, in the steps up to one.
+
+        Args:
+            until: Steps to look at.
+            share: Of the median of the first half.
+        """
+        losses = [loss for loss in self.losses[:until] if math.isfinite(loss)]
+        if self.fault or len(losses) < _FEWEST:
+            return False
+        middle = len(losses) // 2
+        (before, doubt), (after, more) = _median(losses[:middle]), _median(losses[middle:])
+        return before - after > max(share * abs(before), SURE * math.hypot(doubt, more))
+
     @property
     def result(self) -> float:
         """Median of the last losses, inf where the copy has failed or has not begun."""
@@ -127,6 +152,8 @@ class Race:
     def __init__(self, batches: Batches, compute_loss: Callable[[Any, Any], Any], *, base_seed: int) -> None:
         """Prepare to train.
 
+        ``chance`` is ln(classes) once a cross-entropy was seen, NaN for other losses and trained classifiers.
+
         Args:
             batches: What to train on.
             compute_loss: Called as ``compute_loss(model, batch)``; returns a scalar loss or a mapping with ``"loss"``.
@@ -137,6 +164,7 @@ class Race:
         self._base_seed = base_seed
         self.steps_taken = 0
         self.limit = math.inf
+        self.chance: float | None = None
 
     @property
     def batch(self) -> Any:
@@ -144,9 +172,11 @@ class Race:
         return self._batches.at(0, 0)
 
     def set_limit(self, untreated: Lane) -> None:
-        """Derive from the untreated copy's first loss where divergence begins."""
+        """Derive from the untreated copy's first loss where divergence begins, and whether it can be that of chance."""
         first = abs(untreated.losses[0]) if untreated.losses else math.nan
         self.limit = _BLOWN_UP * max(first, 1e-6) if math.isfinite(first) else math.inf
+        if self.chance is not None and not first > _FROM_CHANCE * self.chance:
+            self.chance = math.nan
 
     def advance(self, lane: Lane, until: int) -> None:
         """Train one lane up to a step; a fault of the copy stops it and nothing else."""
@@ -168,9 +198,18 @@ class Race:
             torch.manual_seed(self._base_seed + 7919 * lane.seed + step)
             lane.optimizer.zero_grad()
             loss = scalar_loss(self.compute_loss(lane.model, batch))
+            if self.chance is None:
+                self.chance = _chance(lane.model, loss)
             loss.backward()
             lane.optimizer.step()
         return float(loss.detach())
+
+
+def _chance(model: nn.Module, loss: torch.Tensor) -> float:
+    """Return the loss of a classifier that guesses, NaN where the loss is no cross-entropy."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    known = bool(linear) and linear[-1].out_features > 1 and is_cross_entropy(loss)
+    return math.log(linear[-1].out_features) if known else math.nan
 
 
 def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[float, float]:
@@ -193,10 +232,15 @@ def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[flo
         differences.extend(other - own for other, own in zip(others, mine, strict=False))
     if not differences:
         return -math.inf, 0.0
-    values = np.array(differences)
-    gain = float(np.median(values))
-    spread = 1.4826 * float(np.median(np.abs(values - gain)))
-    return gain, 1.2533 * spread / math.sqrt(len(values))
+    return _median(differences)
+
+
+def _median(given: Sequence[float]) -> tuple[float, float]:
+    """Return a median and its standard error, 1.2533 times that of the mean, for Gaussian noise."""
+    values = np.array(given)
+    centre = float(np.median(values))
+    spread = 1.4826 * float(np.median(np.abs(values - centre)))
+    return centre, 1.2533 * spread / math.sqrt(len(values))
 
 
 def copy_of(model: nn.Module) -> nn.Module:

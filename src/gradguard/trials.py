@@ -122,13 +122,13 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         )
         control = TrialRun(remedy="", loss=math.nan, steps=0, seeds=0, outcome="untreated")
         return TrialResult(best=None, ranking=(), control=control, runs=impossible, diagnosis=diagnosis, note=note)
+    illness = next(iter(_illnesses(diagnosis)), None)
     contest = Contest(
         model,
         Race(kept, compute_loss, base_seed=seed),
-        make_optimizer,
+        _at_the_rate_of(illness, make_optimizer),
         plan=make_plan(len(entrants), run_steps=run_steps, steps=steps),
-        illness=next((finding.code for finding in _illnesses(diagnosis)), ""),
-        onset=next((finding.step for finding in _illnesses(diagnosis)), 0),
+        illness=illness,
         deadline=math.inf if seconds is None else started + seconds,
         progress=progress,
     )
@@ -154,18 +154,38 @@ def _note(contest: Contest, best: Prescription | None) -> str:
         return "Nothing that was tried helps."
     if not contest.goes_by_health:
         return ""
-    if not contest.shown:
-        return (
-            f"What is wrong began later than these steps, and does not show in them. {best.remedy} is the first cure "
-            "that does no harm here; whether it helps shows in a run."
+    if contest.unproven:
+        why = (
+            "No loss falls within so few steps, and no check tells the cures apart"
+            if contest.shown
+            else "What is wrong began later than these steps, and does not show in them"
         )
+        return f"{why}. {best.remedy} is the first cure that does no harm here; whether it helps shows in a run."
     return (
         f"No cure lowers the loss within so few steps. {best.remedy} is the first one after which a check no longer "
         "finds what is wrong: give it a longer trial, or a run."
     )
 
 
-def _illnesses(diagnosis: Diagnosis) -> list[Any]:
+def _at_the_rate_of(illness: Finding | None, make_optimizer: Callable[[Any], Optimizer]) -> Callable[[Any], Optimizer]:
+    """Return a maker of optimizers whose rate is the one that the run had climbed to, where it had."""
+    climbed = None if illness is None else illness.evidence.get("climbed_lr")
+    if climbed is None:
+        return make_optimizer
+
+    def make(model: Any) -> Optimizer:
+        optimizer = make_optimizer(model)
+        groups = getattr(optimizer, "param_groups", ())  # what is no optimizer is refused later, by name
+        highest = max((float(group["lr"]) for group in groups), default=0.0)
+        if 0.0 < highest < float(climbed.value):
+            for group in groups:
+                group["lr"] *= float(climbed.value) / highest
+        return optimizer
+
+    return make
+
+
+def _illnesses(diagnosis: Diagnosis) -> list[Finding]:
     return [
         finding
         for finding in diagnosis.findings

@@ -44,6 +44,14 @@ _LEARNT = 0.5
 """Share of ln(classes) below which a classifier has learnt. Ours: with ten classes the true one then gets 3 times its
 share."""
 
+_SCALED_DOWN = 0.01
+"""Share of ln(classes) below which a first loss is that of a classifier that has learnt, or was multiplied by a small
+number. Ours."""
+
+_QUIET = (3e-4, 0.06)
+"""Noise from batch to batch, as a share of the loss, that tells the latter. Ours: at chance it is 0.001 to 0.06 with 16
+to 64 examples, in nets that have learnt 0.07 to 1.4; with the same batch each time it is 0, and says nothing."""
+
 _LONG_AT_CHANCE = 100
 """Steps after which a classifier should have left the loss of chance. Ours: a LeNet with sigmoid units, and nets whose
 rate is a thousandth of the usual one, are still there after 240; their twins are at half of it after 50."""
@@ -73,7 +81,7 @@ class LossProgress:
         trend: What the loss did.
         first: Median of up to the first 3 finite losses, NaN for none.
         last: Median of up to the last 10 finite losses, NaN for none.
-        chance: ln(classes) where the loss stays at it, else NaN.
+        chance: ln(classes) where the loss stays at it, else NaN; of a loss that was scaled down, what it began at.
         learnt: Whether a classifier's loss is below half of ln(classes), as in a resumed or fine-tuned run.
         erupted: Whether it rose to more than ten times its first and its last values on the way.
     """
@@ -98,12 +106,16 @@ def loss_progress(history: History) -> LossProgress:
 
 
 def still_at_chance(history: History) -> bool:
-    """Whether a classifier has been watched for 100 steps and its loss is still that of chance, creeping down or not.
+    """Whether a classifier has been watched for 100 steps and its loss is still that of chance or worse.
 
-    Said beside something that is wrong as well, as some healthy nets stay on a plateau for longer.
+    It may creep down, or come down from far above. Said beside something that is wrong as well, as some healthy nets
+    stay on a plateau for longer.
     """
-    steps = history.steps
-    return not math.isnan(loss_progress(history).chance) and bool(steps[-1] - steps[0] >= _LONG_AT_CHANCE)
+    steps, loss, classes = history.steps, loss_progress(history), history.info.classes
+    if steps[-1] - steps[0] < _LONG_AT_CHANCE:
+        return False
+    worse = classes >= 2 and min(loss.first, loss.last) > _CHANCE_BAND[1] * math.log(classes)
+    return worse or not math.isnan(loss.chance)
 
 
 def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
@@ -135,7 +147,8 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
     erupted = bool(finite.max() > BLOW_UP * max(origin, abs(last)))
     start = _start(finite[:3], finite[-finite.size // 3 :])
     size = max(abs(start[0]), abs(end[0]))
-    chance = _chance(start[0], end[0], classes)
+    scaled = classes >= 2 and first < _SCALED_DOWN * math.log(classes) and _QUIET[0] < _noise(finite) < _QUIET[1]
+    chance = _chance(start[0], end[0], first if scaled else math.log(classes) if classes >= 2 else math.nan)
     drop = _drop(start, end)
     if -drop >= _CLEAR_CHANGE * size > 0.0:
         trend = Trend.RISEN
@@ -145,7 +158,7 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
         trend = Trend.FALLING
     else:
         trend = Trend.FLAT
-    learnt = classes >= 2 and last < _LEARNT * math.log(classes)
+    learnt = classes >= 2 and last < _LEARNT * math.log(classes) and not scaled
     return LossProgress(trend=trend, first=first, last=last, chance=chance, learnt=learnt, erupted=erupted)
 
 
@@ -197,9 +210,12 @@ def _is_falling(finite: FloatArray) -> bool:
     return _drop(middle, end) > 0.01 * max(abs(middle[0]), abs(end[0]))
 
 
-def _chance(start: float, end: float, classes: int) -> float:
-    if classes < 2:
-        return math.nan
-    level = math.log(classes)
+def _chance(start: float, end: float, level: float) -> float:
     low, high = _CHANCE_BAND
     return level if start >= low * level and low * level <= end <= high * level else math.nan
+
+
+def _noise(finite: FloatArray) -> float:
+    """Return the noise from one loss to the next, as a share of their size."""
+    steps = np.abs(np.diff(finite))
+    return 1.4826 * float(np.median(steps)) / math.sqrt(2.0) / max(abs(float(np.median(finite))), 1e-300)

@@ -10,7 +10,7 @@ from gradguard.config import GuardConfig
 from gradguard.detectors._depth import TRUNK_ROLES
 from gradguard.detectors._episodes import BoolArray, Episode, last_episode
 from gradguard.detectors._finding import make_finding
-from gradguard.detectors._loss import LossProgress, Trend, loss_progress
+from gradguard.detectors._loss import LossProgress, Trend, loss_progress, still_at_chance
 from gradguard.detectors._numbers import names_text, percent, power_of_ten
 from gradguard.detectors._updates import ratio_before
 from gradguard.findings import Cause, Evidence, Finding, RuledOut, Severity
@@ -105,7 +105,7 @@ def _severity(
         return Severity.INFO
     if early:
         return Severity.ERROR if history.info.preflight and share == 1.0 else Severity.WARNING
-    fallen = loss.trend is Trend.FALLEN
+    fallen = loss.trend is Trend.FALLEN and not still_at_chance(history)
     if share > config.dead_fraction_error:
         return Severity.WARNING if fallen else Severity.ERROR
     return Severity.INFO if fallen else Severity.WARNING

@@ -75,6 +75,7 @@ def find_epsilon_limited(history: History, config: GuardConfig) -> Sequence[Find
     if steps[episode.last] - steps[episode.first] < _LASTING or learnt or loss.trend is Trend.UNKNOWN:
         return []
     rows = np.flatnonzero(limited[episode.last])
+    first = episode.first if known[: episode.first].any() else 0  # before the first step there is nothing to see of it
     root = finite_median(_matrices(history, "second_moment_rms")[episode.last][rows])
     epsilon = _epsilon(history)
     crawls = root < _FAR_BELOW * epsilon and median_ratios(history)[episode.last] < _CRAWL
@@ -86,7 +87,7 @@ def find_epsilon_limited(history: History, config: GuardConfig) -> Sequence[Find
             Severity.WARNING if slow else Severity.INFO,
             f"The optimizer's eps ({epsilon:.1g}) sets the updates, not the gradient (about {root:.1g}): steps are "
             f"smaller than the learning rate says, in {percent(float(part[episode.last]))} of the entries of matrices.",
-            step=int(steps[episode.first]),
+            step=int(steps[first]),
             last_step=int(steps[episode.last]),
             layers=names,
             cause=Cause.LEARNING_RATE,

@@ -71,7 +71,7 @@ class LossMonitor:
     def learn(self, loss: Tensor) -> None:
         """Look once at how a loss was computed: whether it is a cross-entropy over classes."""
         if self.cross_entropy is None and loss.grad_fn is not None:
-            self.cross_entropy = _is_cross_entropy(loss)
+            self.cross_entropy = is_cross_entropy(loss)
 
     def note(self, loss: Tensor | float, *, step: int, optimizer: int) -> float:
         """Take a loss; return it where that costs nothing, else NaN.
@@ -112,7 +112,7 @@ class LossMonitor:
             yield step, optimizer, numbers[row] if isinstance(value, torch.Tensor) else value
 
 
-def _is_cross_entropy(loss: Tensor) -> bool:
+def is_cross_entropy(loss: Tensor) -> bool:
     """Whether a negative log likelihood stands within a few operations of the loss (a mean, a weight, a sum)."""
     nodes = [loss.grad_fn]
     for _ in range(_NODES_LOOKED_AT):

@@ -88,6 +88,7 @@ def _fill(name: str, finding: Finding) -> Prescription:
         "factor": f"{arguments.get('factor', 1.0):.2g}",
         "norm": f"{_clip_norm(name, finding):.3g}",
         "steps": f"{_time_steps(finding)}",
+        "times": f"{_apart(finding):.3g}",
     }
     return Prescription(
         remedy=name,
@@ -120,6 +121,13 @@ def _time_steps(finding: Finding) -> int:
     """Return the time steps that were looked at, 100 where that is not known; at least 3, for ln U(1, T - 1)."""
     known = finding.evidence.get("time_steps")
     return max(3, int(known.value)) if known is not None else 100
+
+
+def _apart(finding: Finding) -> float:
+    """Return how many times the rate of most weights the highest one is, 10 where that is not known."""
+    rates = [finding.evidence.get(name) for name in ("highest_lr", "usual_lr")]
+    highest, usual = (float(rate.value) if rate is not None else math.nan for rate in rates)
+    return highest / usual if usual > 0.0 else 10.0
 
 
 def _clip_norm(name: str, finding: Finding) -> float:

@@ -32,7 +32,7 @@ def suited(names: Iterable[str], finding: Finding, layers: Sequence[LayerProfile
         finding: What they are for.
         layers: The model's layers; empty where unknown.
     """
-    names = _for_onset(_for_missing_gradients(names, finding), finding)
+    names = _for_groups(_for_onset(_for_missing_gradients(names, finding), finding), finding)
     names = _for_cells(names, finding, layers)
     changes = {
         **_initializations(finding, layers),
@@ -62,6 +62,11 @@ def _for_onset(names: Iterable[str], finding: Finding) -> tuple[str, ...]:
     """Begin with the learning rate where training has made what was not there before the first step."""
     made = finding.code in _MADE_BY_STEPS and finding.step > 0 and finding.cause is not Cause.DATA
     return tuple(dict.fromkeys(("lower-learning-rate", *names))) if made else tuple(names)
+
+
+def _for_groups(names: Iterable[str], finding: Finding) -> tuple[str, ...]:
+    """Begin with the rates of groups where one is far above the others."""
+    return ("even-learning-rates", *names) if "highest_lr" in finding.evidence else tuple(names)
 
 
 def _for_cells(names: Iterable[str], finding: Finding, layers: Sequence[LayerProfile]) -> tuple[str, ...]:

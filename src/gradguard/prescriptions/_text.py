@@ -9,7 +9,7 @@ __all__ = ["GLOROT", "HE", "LAYER_NORM", "MIXED", "PASCANU", "QK_NORM", "RATIO",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemedyText:
-    """A remedy's texts; names in braces (layer, parameter, factor, norm, steps) are filled in from the finding.
+    """A remedy's texts; names in braces (layer, parameter, factor, norm, steps, times) are filled in from the finding.
 
     Attributes:
         reason: Why it should help, in a sentence.

@@ -39,6 +39,12 @@ TRAINING: Mapping[str, RemedyText] = MappingProxyType(
             expected="Updates near a thousandth of the weights, and a loss that falls.",
             reference=RATIO,
         ),
+        "even-learning-rates": RemedyText(
+            reason="A group whose rate is {times} times that of most weights runs away from them.",
+            code=call("even-learning-rates", batch=False),
+            expected="The group's weights move no faster than the others, and the loss falls.",
+            reference="PyTorch documentation, torch.optim, Per-parameter options",
+        ),
         "set-learning-rate": RemedyText(
             reason="A group with learning rate 0 never moves; check the schedule that sets it, too.",
             code='for group in optimizer.param_groups:\n    group["lr"] = group["lr"] or 1e-3',

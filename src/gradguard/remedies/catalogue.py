@@ -13,7 +13,7 @@ from torch import nn
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.initialization import REMEDIES as INITIALIZATIONS
 from gradguard.remedies.initialization import chrono_initialize
-from gradguard.remedies.optimizing import attach_clipper, scale_learning_rate, set_option
+from gradguard.remedies.optimizing import attach_clipper, even_learning_rates, scale_learning_rate, set_option
 from gradguard.remedies.surgery import REMEDIES as OPERATIONS
 
 if TYPE_CHECKING:
@@ -103,6 +103,10 @@ def _clip(default: float | None, target: Target) -> Applied:
     return attach_clipper(target.model, _optimizer(target), max_norm=target.arguments.get("max_norm", default))
 
 
+def _even(target: Target) -> Applied:
+    return even_learning_rates(target.model, _optimizer(target))
+
+
 def _option(remedy: str, option: str, value: Any, target: Target) -> Applied:
     return set_option(target.model, _optimizer(target), remedy=remedy, option=option, value=value)
 
@@ -119,6 +123,7 @@ def _entries() -> dict[str, Remedy]:
         "higher-learning-rate": Remedy(
             name="higher-learning-rate", level=0, acts_on="optimizer", run=partial(_rate, 10.0), searched=True
         ),
+        "even-learning-rates": Remedy(name="even-learning-rates", level=0, acts_on="optimizer", run=_even),
         "clip-norm": Remedy(name="clip-norm", level=0, acts_on="optimizer", run=partial(_clip, 1.0)),
         "adaptive-clip": Remedy(name="adaptive-clip", level=0, acts_on="optimizer", run=partial(_clip, None)),
         "smaller-epsilon": Remedy(

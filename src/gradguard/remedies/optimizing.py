@@ -17,7 +17,10 @@ from gradguard.remedies.clipping.history import Adaptive
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["attach_clipper", "scale_learning_rate", "set_option"]
+__all__ = ["attach_clipper", "even_learning_rates", "scale_learning_rate", "set_option"]
+
+_TWICE = 2.0
+"""Factor above the rate of most weights from which a group's rate is lowered to it. Ours."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +70,44 @@ def scale_learning_rate(model: nn.Module, optimizer: Optimizer, *, factor: float
         changed=(),
         _snapshot=undo,
     )
+
+
+def even_learning_rates(model: nn.Module, optimizer: Optimizer) -> Applied:
+    """Lower the learning rate of each group that is far above that of most weights to the latter.
+
+    Args:
+        model: The model that it trains.
+        optimizer: Whose rates to change.
+
+    Raises:
+        ValueError: If no group's rate is twice that of the group in the middle, by weights.
+
+    Source: ours: queries and keys at a hundred times the rate of the others, docs/explanations.
+    """
+    groups = sorted((group for group in optimizer.param_groups if "lr" in group), key=lambda group: float(group["lr"]))
+    sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
+    reached, usual = 0, 0.0
+    for group, size in zip(groups, sizes, strict=True):
+        if 2 * reached < sum(sizes):
+            usual = float(group["lr"])
+        reached += size
+    undo, changes = _Undo(), []
+    for index, group in enumerate(optimizer.param_groups):
+        rate = float(group.get("lr", 0.0))
+        if rate < _TWICE * usual or not usual > 0.0:
+            continue
+        for name in ("lr", "initial_lr"):
+            if name in group:
+                before = group[name]
+                group[name] = before * (usual / rate)
+                undo.actions.append(partial(group.__setitem__, name, before))
+        changes.append(f"group {index}: learning rate {rate:.3g} > {float(group['lr']):.3g}, as of most weights")
+    if not changes:
+        raise ValueError(
+            f"no group of this {type(optimizer).__name__} has a learning rate far above that of most weights, so "
+            "even-learning-rates has nothing to change"
+        )
+    return Applied(model=model, remedy="even-learning-rates", changes=tuple(changes), changed=(), _snapshot=undo)
 
 
 def set_option(model: nn.Module, optimizer: Optimizer, *, remedy: str, option: str, value: Any) -> Applied:

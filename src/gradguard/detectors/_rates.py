@@ -1,0 +1,68 @@
+"""What a finding of training should say of learning rates: one group far above the others, a rate that has climbed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from gradguard.findings import Evidence, Finding, Severity
+from gradguard.history import History
+from gradguard.records import FloatArray
+
+__all__ = ["with_rates"]
+
+_OF_STEPS = frozenset({"GG101", "GG102", "GG301", "GG302", "GG402", "GG501", "GG505", "GG701", "GG702"})
+"""Illnesses that steps which are too large make."""
+
+_APART = 10.0
+"""Factor between a group's rate and that of most entries from which it is named. Ours: layer-wise decay, heads and
+embeddings in fine-tuning stay below."""
+
+_CLIMBED = 10.0
+"""Factor by which the rate has climbed from which that is named. Ours: schedules that only fall never do."""
+
+
+def with_rates(history: History, finding: Finding) -> Finding:
+    """Return a finding with the learning rates that may have made it, beside the evidence that its rule gives.
+
+    Args:
+        history: Records of one optimizer.
+        finding: One that a detector made of them.
+
+    Source: ours: a group at a hundred times the rate of the others, and a rate that climbs a thousandfold, are cured by
+        lowering those, and by nothing else that a trial can do.
+    """
+    if finding.severity < Severity.WARNING or finding.code not in _OF_STEPS or finding.step == 0 == finding.last_step:
+        return finding
+    added = _uneven(history) | _climbed(history)
+    return replace(finding, evidence={**finding.evidence, **added}) if added else finding
+
+
+def _uneven(history: History) -> dict[str, Evidence]:
+    rates = history.parameter("lr")[-1]
+    sizes = np.array(history.parameters.sizes, dtype=np.float64)
+    known = np.isfinite(rates) & (rates > 0.0)
+    if not known.any():
+        return {}
+    rates, sizes = rates[known], sizes[known]
+    order = np.argsort(rates)
+    middle = int(np.searchsorted(np.cumsum(sizes[order]), 0.5 * sizes.sum()))
+    usual, highest = float(rates[order][middle]), float(rates.max())
+    if highest < _APART * usual:
+        return {}
+    return {
+        "highest_lr": Evidence(value=highest, note="learning rate of a group"),
+        "usual_lr": Evidence(value=usual, note="learning rate of most weights"),
+    }
+
+
+def _climbed(history: History) -> dict[str, Evidence]:
+    rates: FloatArray = history.scalar("lr")
+    rates = rates[np.isfinite(rates) & (rates > 0.0)]
+    if not rates.size or rates.max() < _CLIMBED * rates[0]:
+        return {}
+    return {
+        "first_lr": Evidence(value=float(rates[0]), note="learning rate at first"),
+        "climbed_lr": Evidence(value=float(rates.max()), note="learning rate that it has climbed to"),
+    }
