@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from gradguard._entrant import Entrant, projected
-from gradguard._judgement import NOTICEABLE, Judgement
+from gradguard._judgement import NOTICEABLE, Judgement, guesses
 from gradguard._plan import Plan
-from gradguard._race import Lane, Race, check_memory, checked_optimizer, copy_of
+from gradguard._race import DRAW, Lane, Race, check_memory, checked_optimizer, copy_of
 from gradguard._rates import HALF_A_DECADE, search_rate
 from gradguard._untouched import cuda_devices
 from gradguard.errors import GradGuardError
@@ -112,7 +112,7 @@ class Contest:
         self._advance(first, 1)
         self._race.set_limit(first)
         self._advance(first, self._plan.length)
-        self.shown = self._shows(first)
+        self.shown = self._shows()
         for entrant in self._entrants:
             self._enter(entrant)
         self._screen()
@@ -124,9 +124,9 @@ class Contest:
             self._repeat(seed)
         self._look_at_health()
 
-    def _shows(self, untreated: Lane) -> bool:
+    def _shows(self) -> bool:
         """Whether the untreated copy is ill: what began late in a run need not show in its first steps."""
-        well = untreated.falls(self._plan.length, share=NOTICEABLE)
+        well = self._learns()
         preventive = any(entrant.remedy.level == 0 for entrant in self._entrants)
         late = self._illness in _EVENTS and self._onset >= _LATE and not self._climbed
         return not (late and well and preventive)
@@ -140,9 +140,8 @@ class Contest:
         if self._illness in _THROUGH_TIME and not self._control[0].fault and self._first_that_mends() is not None:
             return
         for rung, keep in self._plan.overtime:
-            chance = math.nan if self._race.chance is None else self._race.chance
-            lost = bool(self._control[0].fault) and math.isnan(chance)
-            if not self.shown or lost or self.judgement.somebody_learns(chance):
+            lost = bool(self._control[0].fault) and math.isnan(self._chance)
+            if not self.shown or lost or self.judgement.somebody_helps():
                 return
             if rung == self._plan.overtime[0][0]:
                 for entrant in self._entrants:
@@ -220,7 +219,7 @@ class Contest:
         twin = copy_of(self._model)
         arguments = entrant.prescription.arguments
         with torch.random.fork_rng(devices=self._devices):
-            torch.manual_seed(104729 + seed)
+            torch.manual_seed(DRAW + seed)
             if entrant.remedy.acts_on == "model":
                 target = Target(twin, None, self._batch, self._compute_loss, arguments)
                 twin = entrant.remedy.run(target).model
@@ -321,10 +320,15 @@ class Contest:
         if self.judgement.somebody_helps():
             return
         self._mender = self._first_that_mends() if self.shown else None
-        moves = self._control[0].fault or self._control[0].falls(self._length, share=NOTICEABLE)
-        self.unproven = self._mender is None and (not self.shown or (self._lasted and not moves))
+        learns = self._control[0].fault or self._learns()
+        self.unproven = self._mender is None and (not self.shown or (self._lasted and not learns))
         if self.unproven:
             self._mender = self._first_that_is_harmless()
+
+    def _learns(self) -> bool:
+        """Whether the untreated copy learns more than to guess."""
+        control = self._control[0]
+        return control.falls(self._length, share=NOTICEABLE) and not guesses(control.result, self._chance)
 
     def _first_that_is_harmless(self) -> Entrant | None:
         """Return the first cure that costs nothing in these steps."""
@@ -343,7 +347,7 @@ class Contest:
         control = self._control[0]
         after = control.halves(self._length)[1]
         found = self._found_in(control)
-        if not control.falls(self._length, share=NOTICEABLE):
+        if not self._learns():
             found = found | self._found_at_first()
         if self._illness not in found:
             return None
@@ -363,7 +367,13 @@ class Contest:
     @property
     def judgement(self) -> Judgement:
         """What can be said of the contest as it stands."""
-        return Judgement(self._control, self._entrants, ill=bool(self._illness), mender=self._mender)
+        return Judgement(
+            self._control, self._entrants, ill=bool(self._illness), mender=self._mender, chance=self._chance
+        )
+
+    @property
+    def _chance(self) -> float:
+        return math.nan if self._race.chance is None else self._race.chance
 
     @property
     def goes_by_health(self) -> bool:

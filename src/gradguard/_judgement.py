@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from gradguard._entrant import Entrant
-from gradguard._race import SURE, Lane, paired_gain
+from gradguard._race import DRAW, SURE, Lane, paired_gain
 from gradguard.findings import Effect, Prescription
 from gradguard.outcomes import TrialRun
 
-__all__ = ["NOTICEABLE", "Judgement"]
+__all__ = ["NOTICEABLE", "Judgement", "guesses"]
 
 _NEAR_BEST = 0.95
 """Share of the best gain from which a less invasive cure is preferred. Source: ours, algorithms.md, section K: within
@@ -29,11 +29,22 @@ _WORTH_IT = 0.1
 """The same where nothing is wrong: a working run is not changed for less. Ours."""
 
 
+def guesses(loss: float, chance: float) -> bool:
+    """Whether a loss is no better than that of guessing; ``False`` where that is not known."""
+    return loss > _ABOVE_GUESSING * chance
+
+
 class Judgement:
     """Compares entrants with the untreated copies, and with each other."""
 
     def __init__(
-        self, control: Sequence[Lane], entrants: Sequence[Entrant], *, ill: bool, mender: Entrant | None
+        self,
+        control: Sequence[Lane],
+        entrants: Sequence[Entrant],
+        *,
+        ill: bool,
+        mender: Entrant | None,
+        chance: float = math.nan,
     ) -> None:
         """Look at a contest as it stands.
 
@@ -42,11 +53,13 @@ class Judgement:
             entrants: All candidates, in the order of the prescriptions.
             ill: Whether anything is wrong.
             mender: What a check recommends where no loss tells.
+            chance: Loss of a classifier that guesses, NaN where that is not known.
         """
         self._control = control
         self._entrants = entrants
         self._ill = ill
         self._mender = mender
+        self._chance = chance
 
     def _gain(self, entrant: Entrant) -> tuple[float, float]:
         seeds = min(len(entrant.lanes), len(self._control))
@@ -62,7 +75,9 @@ class Judgement:
         )
 
     def helps(self, entrant: Entrant) -> bool:
-        """Whether a cure ends clearly below the untreated copies."""
+        """Whether a cure ends clearly below the untreated copies, and below guessing, which any last bias learns."""
+        if guesses(entrant.result, self._chance):
+            return False
         gain, error = self._gain(entrant)
         untreated = self.control_loss()
         asked = NOTICEABLE if self._ill else _WORTH_IT
@@ -71,15 +86,6 @@ class Judgement:
     def somebody_helps(self) -> bool:
         """Whether any of those who ran to the end helps."""
         return any(self.helps(entrant) for entrant in self.finished())
-
-    def somebody_learns(self, chance: float) -> bool:
-        """Whether any of them helps, and not just by guessing, which any net learns that gets its last bias right.
-
-        Args:
-            chance: Loss of guessing, NaN where that is not known.
-        """
-        best = min((entrant.result for entrant in self.finished() if self.helps(entrant)), default=math.inf)
-        return best < math.inf and not best > _ABOVE_GUESSING * chance
 
     def control_loss(self) -> float:
         """Return the mean result of the untreated copies, NaN where there is none."""
@@ -153,5 +159,9 @@ class Judgement:
         return "worse" if gain < -SURE * error and gain < -NOTICEABLE * abs(self.control_loss()) else "no effect"
 
     def _measured(self, entrant: Entrant) -> Prescription:
+        """Return a cure with what it did; where it may draw weights, with the seed of the best that were measured."""
+        arguments = dict(entrant.prescription.arguments)
+        if entrant.remedy.acts_on == "model":
+            arguments["seed"] = DRAW + min(entrant.lanes, key=lambda lane: lane.result).seed
         effect = Effect(loss_before=self.control_loss(), loss_after=entrant.result, steps=len(entrant.lanes[0].losses))
-        return replace(entrant.prescription, effect=effect)
+        return replace(entrant.prescription, arguments=arguments, effect=effect)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = [
+    "DRAW",
     "LAST",
     "SURE",
     "Batches",
@@ -49,6 +50,9 @@ _FROM_CHANCE = 0.75
 
 _BLOWN_UP = 100.0
 """Times the first loss of the untreated copy above which a copy has diverged, even where it is finite. Ours."""
+
+DRAW = 104729
+"""Seed of the weights that a cure draws, beside the copy's own."""
 
 _IN_A_ROW = 2
 """Losses in a row above that: one alone is an outlier in the data, which a good cure survives. Ours."""

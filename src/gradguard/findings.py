@@ -120,7 +120,7 @@ class Prescription:
         code: A line (or a few) of Python to paste.
         expected: What should be different afterwards, in one sentence; what a trial measured is ``effect``.
         reference: Where the remedy comes from.
-        arguments: Arguments of the remedy, by name.
+        arguments: Arguments of the remedy, by name; after a trial with the ``seed`` of the weights that it drew.
         effect: Measured effect, or ``None`` while nobody has tried it. Reports label such cures as untried.
     """
 

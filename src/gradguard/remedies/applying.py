@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gradguard._arguments import check_model, refuse_compiled
+from gradguard._untouched import cuda_devices
 from gradguard.findings import Prescription
 from gradguard.remedies import catalogue
 from gradguard.remedies._applied import Applied
@@ -30,8 +31,9 @@ def apply(
     """Apply a cure to a model, in place.
 
     Cures of the model carry the optimizer over: what was replaced leaves its groups, what is new joins them, and the
-    state of what has changed begins anew. Cures of the learning rate and of clipping act through the optimizer: a
-    clipper applies itself before each step until ``undo()``. If the operation fails, model and optimizer are as before.
+    state of what has changed begins anew. What a trial recommends draws the very weights that it measured. Cures of the
+    learning rate and of clipping act through the optimizer: a clipper applies itself before each step until ``undo()``.
+    If the operation fails, model and optimizer are as before.
 
     Args:
         prescription: What to apply, for instance ``result.best`` of a trial, or the name of a remedy.
@@ -70,4 +72,9 @@ def apply(
     check_model(model, () if optimizer is None else (optimizer,))
     refuse_compiled(model, "apply the cure to the module that it was made from")
     arguments = prescription.arguments if isinstance(prescription, Prescription) else {}
-    return remedy.run(catalogue.Target(model, optimizer, batch, compute_loss, arguments))
+    target = catalogue.Target(model, optimizer, batch, compute_loss, arguments)
+    if "seed" not in arguments:
+        return remedy.run(target)
+    with torch.random.fork_rng(devices=cuda_devices(model)):
+        torch.manual_seed(int(arguments["seed"]))
+        return remedy.run(target)
