@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -243,11 +244,13 @@ class Contest:
     def _search_rate(self, entrant: Entrant) -> None:
         """Find the factor, each one tried for a few steps on a copy."""
 
-        def attempt(factor: float, steps: int) -> float:
+        def attempt(factor: float, steps: int) -> tuple[float, float]:
             entrant.prescription = with_factor(entrant.prescription, factor)
             lane = self._treated(entrant, 0)
+            lane.ratios = []
             self._advance(lane, steps)
-            return math.inf if lane.fault else sum(lane.losses[-2:]) / 2
+            loss = math.inf if lane.fault else sum(lane.losses[-2:]) / 2
+            return loss, statistics.median(lane.ratios) if lane.ratios else math.nan
 
         up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0
         entrant.prescription = with_factor(entrant.prescription, search_rate(attempt, up=up))

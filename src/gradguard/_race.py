@@ -105,6 +105,7 @@ class Lane:
         losses: Loss of each step so far.
         fault: Why it was stopped; empty while it runs.
         found: After how many steps it was checked last, and what that found; ``None`` before.
+        ratios: Median ratio of update to weight over matrices, of each step; ``None`` where it is not measured.
         devices: CUDA devices of the copy, whose generators a step moves.
     """
 
@@ -115,6 +116,7 @@ class Lane:
     losses: list[float] = field(default_factory=list)
     fault: str = ""
     found: tuple[int, dict[str, float]] | None = None
+    ratios: list[float] | None = None
     devices: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -205,8 +207,23 @@ class Race:
             if self.chance is None:
                 self.chance = _chance(lane.model, loss)
             loss.backward()
+            before = None if lane.ratios is None else _matrices(lane.model)
             lane.optimizer.step()
+            if lane.ratios is not None and before:
+                lane.ratios.append(_median_ratio(before, _matrices(lane.model)))
         return float(loss.detach())
+
+
+def _matrices(model: nn.Module) -> list[torch.Tensor]:
+    """Return copies of the weights that learn and have more than one dimension."""
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+
+
+def _median_ratio(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
+    ratios = [
+        (new - old).norm() / norm for old, new in zip(before, after, strict=True) if float(norm := old.norm()) > 0.0
+    ]
+    return float(torch.stack(ratios).median()) if ratios else math.nan
 
 
 def _chance(model: nn.Module, loss: torch.Tensor) -> float:

@@ -17,9 +17,13 @@ _STEPS = 8
 """Steps for which the best decade and what lies around it are tried. Ours."""
 
 _MARGIN = HALF_A_DECADE
-"""Factor by which the rate that does best in so few steps is lowered in the end. Ours: in eight steps the best rate is
-one that a whole run does not bear; of 21 sick runs half a decade below it ends within 5 % of the best rate in 19, the
-rate itself in 16 (17 after six steps)."""
+"""Factor by which the rate that does best in so few steps is lowered in the end, at most. Ours: in eight steps the best
+rate is one that a whole run does not bear; of 102 sick runs half a decade below it cures 94, the rate itself 84."""
+
+_MODEST = 7e-3
+"""Median ratio of update to weight up to which it is lowered by less. Source: ours: where steps are that small the best
+rate is borne; with this 98 of those 102 are cured, as with every limit from 5e-3 to 1e-2. Karpathy's rule of thumb for
+long runs, CS231n notes, is 1e-3."""
 
 _DECADES = 8
 """Decades searched at most. Ours: a rate of 1e-8 that should be 1 is the worst of the clinic."""
@@ -28,11 +32,12 @@ _PATIENCE = 2
 """Decades in a row without a better loss after which the search ends. Ours."""
 
 
-def search_rate(attempt: Callable[[float, int], float], *, up: bool) -> float:
+def search_rate(attempt: Callable[[float, int], tuple[float, float]], *, up: bool) -> float:
     """Return the factor for the learning rate that gives the lowest loss, less a margin for the steps to come.
 
     Args:
-        attempt: Trains with a factor for so many steps and returns the loss, inf where that diverges.
+        attempt: Trains with a factor for so many steps and returns the loss, inf where that diverges, and the median
+            ratio of update to weight, NaN where that is not known.
         up: Whether to search upwards.
     """
     coarse: dict[float, float] = {}
@@ -40,10 +45,13 @@ def search_rate(attempt: Callable[[float, int], float], *, up: bool) -> float:
     for decade in range(1, _DECADES + 1):
         factor = 10.0 ** (decade if up else -decade)
         best = min(coarse.values(), default=math.inf)
-        coarse[factor] = attempt(factor, _FIRST_STEPS)
+        coarse[factor] = attempt(factor, _FIRST_STEPS)[0]
         worse = 0 if coarse[factor] < best else worse + 1
         if worse == _PATIENCE:
             break
     middle = min(coarse, key=lambda factor: coarse[factor])
     fine = {factor: attempt(factor, _STEPS) for factor in (middle / HALF_A_DECADE, middle, middle * HALF_A_DECADE)}
-    return min(fine, key=lambda factor: fine[factor]) / _MARGIN
+    factor = min(fine, key=lambda factor: fine[factor][0])
+    ratio = fine[factor][1]
+    spare = _MODEST * _MARGIN / ratio if ratio > 0.0 else 1.0
+    return factor / _MARGIN * min(_MARGIN, max(1.0, spare))
