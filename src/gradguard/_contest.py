@@ -142,7 +142,7 @@ class Contest:
             return
         for rung, keep in self._plan.overtime:
             lost = bool(self._control[0].fault) and math.isnan(self._chance)
-            if not self.shown or lost or self.judgement.somebody_helps():
+            if not self.shown or lost or self._learns() or self.judgement.somebody_helps():
                 return
             if rung == self._plan.overtime[0][0]:
                 for entrant in self._entrants:

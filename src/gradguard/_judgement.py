@@ -21,17 +21,18 @@ NOTICEABLE = 0.02
 """Share of the untreated loss by which a cure must lower it. Ours: copies that differ by their random numbers alone end
 within 1 %."""
 
-_ABOVE_GUESSING = 0.97
-"""Share of ln(classes) above which a classifier has learnt nothing yet. Ours: sigmoid nets of 70 layers, whatever is
-done to them, go from 2.46 to 2.30 in 12 steps, and those that are cured go on."""
+_GUESSING = (0.97, 1.1)
+"""Shares of ln(classes) between which a classifier guesses, and is as good as any other that does: a last bias that is
+right is all it has learnt. Ours: sigmoid nets of 70 layers, whatever is done to them, go from 2.46 to 2.30 in 12 steps,
+and those that are cured go on."""
 
 _WORTH_IT = 0.1
 """The same where nothing is wrong: a working run is not changed for less. Ours."""
 
 
 def guesses(loss: float, chance: float) -> bool:
-    """Whether a loss is no better than that of guessing; ``False`` where that is not known."""
-    return loss > _ABOVE_GUESSING * chance
+    """Whether a loss is that of guessing or worse; ``False`` where that is not known."""
+    return loss > _GUESSING[0] * chance
 
 
 class Judgement:
@@ -65,6 +66,11 @@ class Judgement:
         seeds = min(len(entrant.lanes), len(self._control))
         return paired_gain(self._control[:seeds], entrant.lanes[:seeds])
 
+    def _levelled(self, loss: float) -> float:
+        """Return a loss, ln(classes) for all that stand for guessing."""
+        low, high = _GUESSING
+        return self._chance if low * self._chance < loss <= high * self._chance else loss
+
     def finished(self) -> list[Entrant]:
         """Return who ran as far as the untreated copy, best first; after an interrupt, whoever ran furthest."""
         alive = [entrant for entrant in self._entrants if not entrant.out and entrant.lanes]
@@ -75,8 +81,8 @@ class Judgement:
         )
 
     def helps(self, entrant: Entrant) -> bool:
-        """Whether a cure ends clearly below the untreated copies, and below guessing, which any last bias learns."""
-        if guesses(entrant.result, self._chance):
+        """Whether a cure ends clearly below the untreated copies, and not at guessing as they do."""
+        if self._levelled(entrant.result) == self._levelled(self.control_loss()) == self._chance:
             return False
         gain, error = self._gain(entrant)
         untreated = self.control_loss()
@@ -106,9 +112,9 @@ class Judgement:
         if not helping:
             first = [] if self._mender is None else [self._mender]
             return self._mender, [*first, *(entrant for entrant in finished if entrant is not self._mender)]
-        best = helping[0].result
+        best = self._levelled(helping[0].result)
         most = max(0.0, self._start(best) - best)
-        near = [entrant for entrant in helping if entrant.result <= best + (1.0 - _NEAR_BEST) * most]
+        near = [entrant for entrant in helping if self._levelled(entrant.result) <= best + (1.0 - _NEAR_BEST) * most]
         winner = min(near, key=lambda entrant: (entrant.remedy.level, entrant.result))
         return winner, [winner, *(entrant for entrant in finished if entrant is not winner)]
 
