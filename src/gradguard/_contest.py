@@ -42,6 +42,9 @@ and attention logits that grow."""
 _LATE = 20
 """Step from which on they came late: a trial from the first weights may be over before they show. Ours."""
 
+_OF_RUNS = frozenset({"GG103", "GG402", "GG501", "GG502", "GG504", "GG505", "GG702", "GG703"})
+"""Illnesses that only a run shows: what it has shown outweighs the few steps in which a copy does well."""
+
 _RETRIES = 2
 """Times that a rate is lowered by half a decade where it diverges after the search. Ours."""
 
@@ -120,6 +123,7 @@ class Contest:
         for rung, keep in zip(self._plan.rungs, (*self._plan.keep, len(self._entrants)), strict=True):
             self._race_to(rung)
             self._thin(rung, keep)
+        self._call_back()
         self._run_on()
         for seed in range(1, self._plan.seeds):
             self._repeat(seed)
@@ -131,6 +135,20 @@ class Contest:
         preventive = any(entrant.remedy.level == 0 for entrant in self._entrants)
         late = self._illness in _EVENTS and self._onset >= _LATE and not self._climbed
         return not (late and well and preventive)
+
+    def _call_back(self) -> None:
+        """Let those run to the end who stood better when they were dropped than the best one does now."""
+        finished = self.judgement.finished()
+        best = min((self._judged(entrant, self._length) for entrant in finished), default=math.inf)
+        for entrant in self._entrants:
+            if entrant.outcome != "dropped" or entrant.screened or not entrant.lanes:
+                continue
+            if self._judged(entrant, len(entrant.lanes[0].losses)) < best - NOTICEABLE * abs(best):
+                entrant.outcome = entrant.out = ""
+                self._race_to(self._length)
+
+    def _judged(self, entrant: Entrant, length: int) -> float:
+        return entrant.lanes[0].halves(length)[1]
 
     def _run_on(self) -> None:
         """Where no loss tells a cure from nothing, take those that were dropped for it back in, and run for longer.
@@ -324,7 +342,8 @@ class Contest:
             return
         self._mender = self._first_that_mends() if self.shown else None
         learns = self._control[0].fault or self._learns()
-        self.unproven = self._mender is None and (not self.shown or (self._lasted and not learns))
+        told = self._illness in _OF_RUNS or not learns
+        self.unproven = self._mender is None and (not self.shown or (self._lasted and told))
         if self.unproven:
             self._mender = self._first_that_is_harmless()
 
