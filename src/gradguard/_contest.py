@@ -84,7 +84,7 @@ class Contest:
         self._illness = "" if illness is None else illness.code
         self._onset = 0 if illness is None else illness.step
         self._climbed = illness is not None and "climbed_lr" in illness.evidence
-        self._lasted = illness is not None and illness.last_step >= _LATE
+        self._lasted = 0 if illness is None else illness.last_step
         self._deadline = deadline
         self._progress = progress
         self._control: list[Lane] = []
@@ -342,8 +342,8 @@ class Contest:
             return
         self._mender = self._first_that_mends() if self.shown else None
         learns = self._control[0].fault or self._learns()
-        told = self._illness in _OF_RUNS or not learns
-        self.unproven = self._mender is None and (not self.shown or (self._lasted and told))
+        told = self._lasted > 0 if self._illness in _OF_RUNS else self._lasted >= _LATE and not learns
+        self.unproven = self._mender is None and (not self.shown or told)
         if self.unproven:
             self._mender = self._first_that_is_harmless()
 
@@ -354,9 +354,11 @@ class Contest:
 
     def _first_that_is_harmless(self) -> Entrant | None:
         """Return the first cure that costs nothing in these steps."""
-        allowed = self.judgement.control_loss() + NOTICEABLE * abs(self.judgement.control_loss())
-        finished = self.judgement.finished()
-        return next((entrant for entrant in self._entrants if entrant in finished and entrant.result <= allowed), None)
+        judgement = self.judgement
+        finished = judgement.finished()
+        return next(
+            (entrant for entrant in self._entrants if entrant in finished and not judgement.is_worse(entrant)), None
+        )
 
     def _first_that_mends(self) -> Entrant | None:
         """Return the first cure after which a check no longer finds the illness, where no loss tells.
