@@ -17,12 +17,16 @@ __all__ = [
     "NORMAL",
     "UNIFORM",
     "Fault",
+    "accumulated",
     "attention_scale",
     "biases",
     "climbing",
     "gate",
     "grouped",
     "heavy",
+    "norm_biases",
+    "norm_scales",
+    "outlying",
     "query_key",
     "recurrent_gain",
     "scale_layers",
@@ -120,6 +124,25 @@ def gate(value: float) -> Fault:
     return spoil
 
 
+def norm_biases(value: float) -> Fault:
+    """Return a fault: the biases of normalization layers."""
+    return _normalization("bias", value)
+
+
+def norm_scales(value: float) -> Fault:
+    """Return a fault: the scales of normalization layers."""
+    return _normalization("weight", value)
+
+
+def _normalization(name: str, value: float) -> Fault:
+    def spoil(model: nn.Module) -> None:
+        for layer in model.modules():
+            if isinstance(layer, (nn.LayerNorm, nn.BatchNorm1d)):
+                layer.get_parameter(name).fill_(value)
+
+    return spoil
+
+
 def recurrent_gain(factor: float) -> Fault:
     """Return a fault: hidden matrices of recurrent layers times a factor."""
 
@@ -185,4 +208,27 @@ def shrunk(make: Callable[..., Job], seed: int, *, scale: float = 1.0, **options
     job = make(seed, **options)
     loss = job.loss
     job.loss = lambda model, batch: loss(model, batch) * scale
+    return job
+
+
+def outlying(make: Callable[..., Job], seed: int, *, factor: float = 1.0, every: int = 60, **options: Any) -> Job:
+    """Return a run in which the input of one example of a batch now and then is far too large."""
+    job = make(seed, **options)
+    draw = job.batch
+
+    def batch(step: int) -> Any:
+        x, y = draw(step)
+        if step % every == every - 1:
+            x = x.clone()
+            x[0] *= factor
+        return x, y
+
+    job.batch = batch
+    return job
+
+
+def accumulated(make: Callable[..., Job], seed: int, **options: Any) -> Job:
+    """Return a run whose steps sum the gradients of two batches."""
+    job = make(seed, **options)
+    job.accumulate = 2
     return job

@@ -102,6 +102,7 @@ def classifier(  # noqa: PLR0913  # keywords with defaults, one per thing that v
     fault: Fault | None = None,
     inputs: float = 1.0,
     offset: float = 0.0,
+    norm: Callable[[int], nn.Module] | None = None,
     **options: Any,
 ) -> Job:
     """Return a perceptron's run; ``rate`` times the usual learning rate, ``inputs`` times the features."""
@@ -109,7 +110,7 @@ def classifier(  # noqa: PLR0913  # keywords with defaults, one per thing that v
     known = make()
     known = replace(known, x=known.x * inputs + offset, test_x=known.test_x * inputs + offset)
     scheme = init or _scheme(activation)
-    model = nets.mlp(features, known.classes, depth, activation, width=width, init=scheme, gain=gain)
+    model = nets.mlp(features, known.classes, depth, activation, width=width, init=scheme, gain=gain, norm=norm)
     _spoil(model, fault)
     return tasks.classify(model, known, _optimizer(optimizer, rate), seed, steps=steps, **options)
 

@@ -164,7 +164,7 @@ class Contest:
                 return
             if rung == self._plan.overtime[0][0]:
                 for entrant in self._entrants:
-                    if entrant.outcome == "dropped" and not entrant.screened:
+                    if entrant.outcome == "dropped":
                         entrant.outcome = entrant.out = ""
             self._length = rung
             self._advance(self._control[0], rung)
@@ -354,11 +354,9 @@ class Contest:
 
     def _first_that_is_harmless(self) -> Entrant | None:
         """Return the first cure that costs nothing in these steps."""
-        judgement = self.judgement
-        finished = judgement.finished()
-        return next(
-            (entrant for entrant in self._entrants if entrant in finished and not judgement.is_worse(entrant)), None
-        )
+        allowed = self.judgement.control_loss() + NOTICEABLE * abs(self.judgement.control_loss())
+        finished = self.judgement.finished()
+        return next((entrant for entrant in self._entrants if entrant in finished and entrant.result <= allowed), None)
 
     def _first_that_mends(self) -> Entrant | None:
         """Return the first cure after which a check no longer finds the illness, where no loss tells.

@@ -89,11 +89,6 @@ class Judgement:
         asked = NOTICEABLE if self._ill else _WORTH_IT
         return gain > SURE * error and (not math.isfinite(untreated) or gain > asked * abs(untreated))
 
-    def is_worse(self, entrant: Entrant) -> bool:
-        """Whether a cure ends clearly above the untreated copies."""
-        gain, error = self._gain(entrant)
-        return gain < -SURE * error and gain < -NOTICEABLE * abs(self.control_loss())
-
     def somebody_helps(self) -> bool:
         """Whether any of those who ran to the end helps."""
         return any(self.helps(entrant) for entrant in self.finished())
@@ -166,7 +161,8 @@ class Judgement:
             return entrant.outcome or "dropped"
         if self.helps(entrant):
             return "helps"
-        return "worse" if self.is_worse(entrant) else "no effect"
+        gain, error = self._gain(entrant)
+        return "worse" if gain < -SURE * error and gain < -NOTICEABLE * abs(self.control_loss()) else "no effect"
 
     def _measured(self, entrant: Entrant) -> Prescription:
         """Return a cure with what it did; where it may draw weights, with the seed of the best that were measured."""
