@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gradguard
@@ -18,11 +16,10 @@ from gradguard._contest import Contest
 from gradguard._entrant import Entrant
 from gradguard._plan import Plan, make_plan
 from gradguard._race import Batches, Lane, Race, paired_gain
-from gradguard._rates import search_rate
 from gradguard.errors import UnsupportedModelError
-from gradguard.findings import Diagnosis, Evidence, Finding, Prescription, Severity
+from gradguard.findings import Finding, Prescription, Severity
 from gradguard.preflight import check
-from gradguard.prescriptions import plain_prescription, prescribe
+from gradguard.prescriptions import prescribe
 from gradguard.remedies import Applied, catalogue
 from gradguard.remedies.catalogue import Remedy, Target
 from gradguard.trials import _prescribed
@@ -134,49 +131,6 @@ def test_against_a_copy_that_diverged_the_best_cure_counts_and_not_the_mildest()
     assert held.judgement.control_run().why == "diverged"
     assert best is not None
     assert best.remedy == "much"
-
-
-def test_a_rate_that_diverges_after_the_search_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rate of 1 lasts for ten steps: what the race shows of it is begun again at lower ones, by half a decade."""
-    monkeypatch.setattr("gradguard._contest.search_rate", lambda _attempt, *, up: 1e-3)
-
-    result = gradguard.trial(
-        net(init="he"), batches(), classification_loss, sgd(1000.0), candidates=["lower-learning-rate"], steps=16
-    )
-
-    assert result.best is not None
-    assert result.best.arguments["factor"] == pytest.approx(1e-3 / math.sqrt(10.0), rel=0.05)
-    assert result.best.effect is not None
-    assert result.best.effect.loss_after < 2.0
-
-
-@given(st.floats(-7.5, 7.5), st.booleans(), st.sampled_from([math.nan, 0.1, 7e-3 * math.sqrt(10.0)]))
-def test_the_search_ends_half_a_decade_below_the_best_rate(log: float, up: bool, ratio: float) -> None:
-    """On a loss with one minimum, within half a decade of it at most, and never above."""
-    if (log > 0) is not up or abs(log) < 1.0:
-        return
-    factor = search_rate(lambda tried, _steps: (abs(math.log10(tried) - log), ratio), up=up)
-
-    assert log - 0.76 <= math.log10(factor) <= log - 0.24
-
-
-@given(st.floats(1e-4, 2e-2))
-def test_small_steps_leave_the_rate_that_the_search_found(ratio: float) -> None:
-    """Lowered by half a decade at most, and by no more than brings the ratio of update to weight to 7e-3."""
-    factor = search_rate(lambda tried, _steps: (abs(math.log10(tried) + 3.0), ratio), up=False)
-
-    assert factor * ratio / 1e-3 == pytest.approx(min(ratio, max(7e-3, ratio / math.sqrt(10.0))))
-
-
-def test_the_search_measures_the_steps_that_it_takes() -> None:
-    """SGD on one matrix: the ratio of each step is the rate times the gradient over the weight."""
-    model = nn.Linear(4, 1, bias=False)
-    lane = Lane("", 0, model, torch.optim.SGD(model.parameters(), lr=0.1), ratios=[])
-    weight = model.weight.detach().clone()
-    Race(Batches([torch.ones(1, 4)], 1), lambda net, x: net(x).sum(), base_seed=0).advance(lane, 1)
-
-    assert lane.ratios is not None
-    assert lane.ratios == pytest.approx([0.1 * 2.0 / float(weight.norm())])
 
 
 # --------------------------------------------------------------------------------------------------------- the contest
@@ -432,51 +386,3 @@ def test_the_result_of_a_copy_is_not_that_of_one_heavy_batch() -> None:
 
     assert lane.result == 1.0
     assert lane.halves(8) == (1.0, 1.0)
-
-
-def found_in_a_run(code: str, remedies: Sequence[str], *, step: int, last_step: int, **evidence: float) -> Diagnosis:
-    """Return what a guard may have made of a run: one warning with cures."""
-    finding = Finding(
-        code=code,
-        name="",
-        family="",
-        severity=Severity.WARNING,
-        message="",
-        step=step,
-        last_step=last_step,
-        evidence={name: Evidence(value=value) for name, value in evidence.items()},
-        prescriptions=tuple(plain_prescription(name) for name in remedies),
-    )
-    return Diagnosis(findings=(finding,), verdict="", observations=9, sufficient=True)
-
-
-@pytest.mark.parametrize(("last_step", "recommended"), [(100, "clip-norm"), (0, None)])
-def test_where_nothing_tells_the_first_cure_without_harm_is_named_for_a_run_that_was_ill(
-    last_step: int, recommended: str | None
-) -> None:
-    """At a rate of 1e-9 no loss moves, and no check sees a rate. A check alone, without a run, recommends nothing."""
-    diagnosis = found_in_a_run("GG501", ["clip-norm", "adaptive-clip"], step=0, last_step=last_step)
-    result = gradguard.trial(net(init="he"), batches(), classification_loss, sgd(1e-9), diagnosis=diagnosis, steps=16)
-
-    assert (None if result.best is None else result.best.remedy) == recommended
-    assert ("whether it helps shows in a run" in result.note) is (recommended is not None)
-
-
-def test_copies_are_trained_at_the_rate_that_the_run_had_climbed_to() -> None:
-    """From 1e-4 to 100: what the first steps do not show the trial sees, and lowers the rate of the whole schedule."""
-    given: dict[str, Any] = {
-        "batches": batches(),
-        "compute_loss": classification_loss,
-        "make_optimizer": sgd(1e-2),
-        "run_steps": 400,
-    }
-    climbed = found_in_a_run("GG505", ["lower-learning-rate"], step=130, last_step=200, first_lr=1e-2, climbed_lr=100.0)
-    level = found_in_a_run("GG505", ["lower-learning-rate"], step=130, last_step=200)
-
-    high = gradguard.trial(net(init="he"), diagnosis=climbed, **given)
-    usual = gradguard.trial(net(init="he"), diagnosis=level, **given)
-
-    assert not high.control.loss < 2.5
-    assert usual.control.loss < 2.5
-    assert high.best is not None
-    assert high.best.arguments["factor"] <= 1e-2

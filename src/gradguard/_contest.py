@@ -81,10 +81,10 @@ class Contest:
         self._batch = race.batch
         self._compute_loss = race.compute_loss
         self._plan = plan
-        self._illness = "" if illness is None else illness.code
-        self._onset = 0 if illness is None else illness.step
-        self._climbed = illness is not None and "climbed_lr" in illness.evidence
-        self._lasted = 0 if illness is None else illness.last_step
+        self._illness, self._onset, self._lasted, self._climbed = "", 0, 0, False
+        if illness is not None:
+            self._illness, self._onset, self._lasted = illness.code, illness.step, illness.last_step
+            self._climbed = "climbed_lr" in illness.evidence
         self._deadline = deadline
         self._progress = progress
         self._control: list[Lane] = []
@@ -102,7 +102,7 @@ class Contest:
         return self._race.steps_taken
 
     def run(self, entrants: list[Entrant]) -> None:
-        """Run the race to its end, to the deadline or to an interrupt; what is known by then is kept."""
+        """Run the race to its end, the deadline or an interrupt; what is known by then is kept."""
         self._entrants = entrants
         check_memory(self._model, copies=len(entrants) + 1)
         try:
@@ -131,24 +131,17 @@ class Contest:
 
     def _shows(self) -> bool:
         """Whether the untreated copy is ill: what began late in a run need not show in its first steps."""
-        well = self._learns()
-        preventive = any(entrant.remedy.level == 0 for entrant in self._entrants)
-        late = self._illness in _EVENTS and self._onset >= _LATE and not self._climbed
-        return not (late and well and preventive)
+        late = self._illness in _EVENTS and self._onset >= _LATE and not self._climbed and self._learns()
+        return not (late and any(entrant.remedy.level == 0 for entrant in self._entrants))
 
     def _call_back(self) -> None:
         """Let those run to the end who stood better when they were dropped than the best one does now."""
-        finished = self.judgement.finished()
-        best = min((self._judged(entrant, self._length) for entrant in finished), default=math.inf)
+        best = min((item.lanes[0].halves(self._length)[1] for item in self.judgement.finished()), default=math.inf)
         for entrant in self._entrants:
-            if entrant.outcome != "dropped" or entrant.screened or not entrant.lanes:
-                continue
-            if self._judged(entrant, len(entrant.lanes[0].losses)) < best - NOTICEABLE * abs(best):
+            waits = entrant.outcome == "dropped" and not entrant.screened and entrant.lanes
+            if waits and entrant.lanes[0].halves(self._length)[1] < best - NOTICEABLE * abs(best):
                 entrant.outcome = entrant.out = ""
-                self._race_to(self._length)
-
-    def _judged(self, entrant: Entrant, length: int) -> float:
-        return entrant.lanes[0].halves(length)[1]
+        self._race_to(self._length)
 
     def _run_on(self) -> None:
         """Where no loss tells a cure from nothing, take those that were dropped for it back in, and run for longer.
@@ -354,8 +347,8 @@ class Contest:
 
     def _first_that_is_harmless(self) -> Entrant | None:
         """Return the first cure that costs nothing in these steps."""
-        allowed = self.judgement.control_loss() + NOTICEABLE * abs(self.judgement.control_loss())
-        finished = self.judgement.finished()
+        untreated, finished = self.judgement.control_loss(), self.judgement.finished()
+        allowed = untreated + NOTICEABLE * abs(untreated)
         return next((entrant for entrant in self._entrants if entrant in finished and entrant.result <= allowed), None)
 
     def _first_that_mends(self) -> Entrant | None:

@@ -60,9 +60,9 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     where that is at hand. All copies see the same batches and the same random numbers, an untreated copy among them.
     After a fifth and a half of the steps those behind are dropped; at most three run to the end, under two seeds where
     the budget allows. Among those within 5 % of the best gain the one that changes least is recommended. Learning rates
-    are searched by decades. Where what a guard saw may be the doing of the first weights or of raw data, cures for
-    those are tried as well, up to six in all. The model, its gradients, its modes and all random states stay as they
-    are.
+    are searched by decades; where the run's rate had climbed, copies begin at the rate that it had climbed to. Where
+    what a guard saw may be the doing of the first weights or of raw data, cures for those are tried as well, up to six
+    in all. The model, its gradients, its modes and all random states stay as they are.
 
     Args:
         model: Any module that can be copied.
@@ -85,7 +85,8 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         The ranking. Nothing is recommended where nothing is wrong, or where nothing helps by more than chance. Where
         the loss tells no difference, the first cure is recommended after which a check no longer finds what it finds in
         the untreated copy, and ``note`` says so. What began late in a run and does not show in these steps is treated
-        by clipping or another learning rate alone: by what helps, or else by the first that does no harm.
+        by clipping or another learning rate alone: by what helps, or else by the first that does no harm. The latter is
+        named as well, and the note says that it is unproven, where a whole run was ill and these steps tell nothing.
 
     Raises:
         TypeError: If an argument is of the wrong kind.

@@ -1,0 +1,60 @@
+"""The search for a learning rate within a trial."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import gradguard
+from gradguard._race import Batches, Lane, Race
+from gradguard._rates import search_rate
+from tests.models import classification_loss
+from tests.test_trials import batches, net, sgd
+
+
+def test_a_rate_that_diverges_after_the_search_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate of 1 lasts for ten steps: what the race shows of it is begun again at lower ones, by half a decade."""
+    monkeypatch.setattr("gradguard._contest.search_rate", lambda _attempt, *, up: 1e-3)
+
+    result = gradguard.trial(
+        net(init="he"), batches(), classification_loss, sgd(1000.0), candidates=["lower-learning-rate"], steps=16
+    )
+
+    assert result.best is not None
+    assert result.best.arguments["factor"] == pytest.approx(1e-3 / math.sqrt(10.0), rel=0.05)
+    assert result.best.effect is not None
+    assert result.best.effect.loss_after < 2.0
+
+
+@given(st.floats(-7.5, 7.5), st.booleans(), st.sampled_from([math.nan, 0.1, 7e-3 * math.sqrt(10.0)]))
+def test_the_search_ends_half_a_decade_below_the_best_rate(log: float, up: bool, ratio: float) -> None:
+    """On a loss with one minimum, within half a decade of it at most, and never above."""
+    if (log > 0) is not up or abs(log) < 1.0:
+        return
+    factor = search_rate(lambda tried, _steps: (abs(math.log10(tried) - log), ratio), up=up)
+
+    assert log - 0.76 <= math.log10(factor) <= log - 0.24
+
+
+@given(st.floats(1e-4, 2e-2))
+def test_small_steps_leave_the_rate_that_the_search_found(ratio: float) -> None:
+    """Lowered by half a decade at most, and by no more than brings the ratio of update to weight to 7e-3."""
+    factor = search_rate(lambda tried, _steps: (abs(math.log10(tried) + 3.0), ratio), up=False)
+
+    assert factor * ratio / 1e-3 == pytest.approx(min(ratio, max(7e-3, ratio / math.sqrt(10.0))))
+
+
+def test_the_search_measures_the_steps_that_it_takes() -> None:
+    """SGD on one matrix: the ratio of each step is the rate times the gradient over the weight."""
+    model = nn.Linear(4, 1, bias=False)
+    lane = Lane("", 0, model, torch.optim.SGD(model.parameters(), lr=0.1), ratios=[])
+    weight = model.weight.detach().clone()
+    Race(Batches([torch.ones(1, 4)], 1), lambda net, x: net(x).sum(), base_seed=0).advance(lane, 1)
+
+    assert lane.ratios is not None
+    assert lane.ratios == pytest.approx([0.1 * 2.0 / float(weight.norm())])
