@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 import gradguard
 from gradguard.config import GuardConfig
+from gradguard.detectors import run_detectors
 from gradguard.detectors._spikes import last_spike, leap
 from gradguard.detectors.divergence import find_divergence
 from gradguard.detectors.spike import find_spike
 from gradguard.findings import Cause, Finding, Severity
 from gradguard.history import History
 from gradguard.monitors.losses import LossMonitor
+from gradguard.prescriptions import prescriptions_for
 from gradguard.records import FloatArray, OptimizerInfo, RunInfo, StepRecord
 from tests.histories import chain, changed, falling, run_of
 from tests.models import classification_loss, digit_batch, mlp
@@ -375,3 +377,16 @@ def test_a_run_that_turns_uphill_has_diverged() -> None:
     diagnosis, _ = train(160, ascend_from=100)
 
     assert "GG505" in {f.code for f in diagnosis.findings if f.standing}
+
+
+def test_clipping_is_prescribed_at_twice_the_usual_norm_also_where_the_loss_told() -> None:
+    """A norm of 1 is far above the usual one here, and would let the spike pass."""
+    history = changed(
+        with_norms([0.01 * (1.0 + 0.05 * math.sin(step)) for step in range(60)] + [5.0]),
+        lambda record: replace(record, scalars={**record.scalars, "grad_norm_at_step": math.nan}),
+    )
+    finding = next(f for f in run_detectors(history, CONFIG) if f.code == "GG103")
+    cure = next(cure for cure in prescriptions_for(finding) if cure.remedy == "clip-norm")
+
+    assert finding.evidence["usual_norm"].value == pytest.approx(0.01, rel=0.05)
+    assert cure.arguments["max_norm"] == pytest.approx(0.02, rel=0.05)

@@ -212,7 +212,7 @@ def _prescribed(diagnosis: Diagnosis, batch: Any, look: Callable[[], tuple[Findi
     """
     illnesses = _illnesses(diagnosis)
     cures = [cure for finding in illnesses for cure in finding.prescriptions]
-    if any(finding.code in _OF_TRAINING for finding in illnesses):
+    if any(finding.code in _OF_TRAINING and "climbed_lr" not in finding.evidence for finding in illnesses):
         if any(float(data.abs().max()) > FAR_INPUT for data in floating_tensors(batch) if data.numel()):
             cures.append(plain_prescription("standardize-input"))
         remarks = [*diagnosis.findings, *look()]

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from gradguard.config import GuardConfig
 from gradguard.detectors._exclusions import with_exclusions
-from gradguard.detectors._rates import with_rates
+from gradguard.detectors._sizes import with_sizes
 from gradguard.detectors.attention import find_entropy_collapse, find_logit_growth
 from gradguard.detectors.clipping import find_clipping
 from gradguard.detectors.dead_units import find_dead_units
@@ -115,7 +115,7 @@ def run_detectors(
         label = _label(part) if len(parts) > 1 else ""
         for detector in detectors:
             wanted = (finding for finding in detector(part, config) if config.wants(finding.code))
-            found = [with_rates(part, with_exclusions(part, config, finding)) for finding in wanted]
+            found = [with_sizes(part, with_exclusions(part, config, finding)) for finding in wanted]
             findings.extend(replace(finding, optimizer=label) if label else finding for finding in found)
     return findings
 

@@ -78,7 +78,7 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ),
         ("GG701", None): ("lower-learning-rate", "warm-up", "scale-query-key", "qk-norm", "sigma-reparam"),
         ("GG702", None): ("lower-learning-rate", "warm-up", "scale-query-key", "qk-norm", "sigma-reparam"),
-        ("GG703", None): ("lower-beta2", "clip-norm"),
+        ("GG703", None): ("clip-norm", "adaptive-clip", "lower-beta2"),
     }
 )
 """Remedies by rule and cause, best first; ``None`` stands for any other cause. What suits the model's own activations,
