@@ -335,7 +335,7 @@ class Contest:
             return
         self._mender = self._first_that_mends() if self.shown else None
         learns = self._control[0].fault or self._learns()
-        told = self._lasted > 0 if self._illness in _OF_RUNS else self._lasted >= _LATE and not learns
+        told = self._lasted > 0 and (self._illness in _OF_RUNS or not learns)
         self.unproven = self._mender is None and (not self.shown or told)
         if self.unproven:
             self._mender = self._first_that_is_harmless()
