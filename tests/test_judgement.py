@@ -155,3 +155,16 @@ def test_what_is_applied_are_the_weights_that_were_measured() -> None:
 
     assert torch.equal(*weights)
     assert not torch.equal(weights[0], model.get_parameter("0.weight"))
+
+
+def test_a_rate_that_is_a_tensor_of_the_callers_stays_as_it_is() -> None:
+    """Copies get rates of their own."""
+    rate = torch.tensor(1e-2)
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=rate, capturable=False, foreach=False)
+
+    climbed = found_in_a_run("GG505", ["clip-norm"], step=130, last_step=200, first_lr=1e-2, climbed_lr=1.0)
+    gradguard.trial(net(init="he"), batches(), classification_loss, make, diagnosis=climbed, steps=8)
+
+    assert float(rate) == pytest.approx(1e-2)

@@ -177,10 +177,11 @@ def _at_the_rate_of(illness: Finding | None, make_optimizer: Callable[[Any], Opt
     def make(model: Any) -> Optimizer:
         optimizer = make_optimizer(model)
         groups = getattr(optimizer, "param_groups", ())  # what is no optimizer is refused later, by name
+        groups = [group for group in groups if group.get("lr") is not None]
         highest = max((float(group["lr"]) for group in groups), default=0.0)
         if 0.0 < highest < float(climbed.value):
-            for group in groups:
-                group["lr"] *= float(climbed.value) / highest
+            for group in groups:  # a new number: where the rate is a tensor it may be the caller's
+                group["lr"] = group["lr"] * (float(climbed.value) / highest)
         return optimizer
 
     return make

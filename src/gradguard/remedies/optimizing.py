@@ -84,7 +84,8 @@ def even_learning_rates(model: nn.Module, optimizer: Optimizer) -> Applied:
 
     Source: ours: queries and keys at a hundred times the rate of the others, docs/explanations.
     """
-    groups = sorted((group for group in optimizer.param_groups if "lr" in group), key=lambda group: float(group["lr"]))
+    known = [group for group in optimizer.param_groups if group.get("lr") is not None]
+    groups = sorted(known, key=lambda group: float(group["lr"]))
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
     reached, usual = 0, 0.0
     for group, size in zip(groups, sizes, strict=True):
@@ -93,11 +94,11 @@ def even_learning_rates(model: nn.Module, optimizer: Optimizer) -> Applied:
         reached += size
     undo, changes = _Undo(), []
     for index, group in enumerate(optimizer.param_groups):
-        rate = float(group.get("lr", 0.0))
+        rate = float(group.get("lr") or 0.0)
         if rate < _TWICE * usual or not usual > 0.0:
             continue
         for name in ("lr", "initial_lr"):
-            if name in group:
+            if group.get(name) is not None:
                 before = group[name]
                 group[name] = before * (usual / rate)
                 undo.actions.append(partial(group.__setitem__, name, before))
