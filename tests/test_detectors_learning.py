@@ -15,6 +15,7 @@ from gradguard.config import GuardConfig
 from gradguard.detectors import run_detectors
 from gradguard.detectors._episodes import last_episode
 from gradguard.detectors._loss import LossProgress, Trend, judge_losses, loss_growth
+from gradguard.detectors._numbers import usual_rate
 from gradguard.detectors.learning_rate import find_learning_rate
 from gradguard.detectors.no_update import find_no_update
 from gradguard.findings import Cause, Finding, Severity
@@ -230,6 +231,22 @@ def test_a_loss_that_was_scaled_down_is_told_from_one_that_has_fallen(level: flo
     found = find_learning_rate(owned(run(losses=flat(101, level, noise * level)), {"update_ratio": 4e-6}), CONFIG)
 
     assert [finding.code for finding in found] == (["GG502"] if fires else [])
+
+
+@pytest.mark.parametrize(
+    ("rates", "sizes", "usual"),
+    [
+        ([0.1, 1e-3, 1e-2], [1, 5, 1], 1e-3),
+        ([0.1, 1e-3, 1e-2], [1, 1, 5], 1e-2),
+        ([0.1, 1e-3, 1e-2], [1, 1, 1], 1e-2),
+        ([1e-3, 0.0, math.nan], [1, 99, 99], 1e-3),
+        ([0.0, math.nan], [1, 1], math.nan),
+        ([1e-3], [0], math.nan),
+    ],
+)
+def test_the_usual_rate_is_that_of_the_middle_weight(rates: list[float], sizes: list[float], usual: float) -> None:
+    """What does not train does not count."""
+    assert usual_rate(np.array(rates), np.array(sizes)) == pytest.approx(usual, nan_ok=True)
 
 
 def test_a_group_far_above_the_others_is_evidence_and_evening_it_out_the_first_cure() -> None:

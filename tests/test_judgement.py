@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -109,20 +109,22 @@ def test_who_guesses_is_as_good_as_any_other_who_does(
     assert (None if found is None else found.remedy) == best
 
 
+def chance_known_to_a_race(model: nn.Module, compute_loss: Callable[[Any, Any], Any]) -> float:
+    """Return it after one step of a copy."""
+    race = Race(Batches(batches(4), 4), compute_loss, base_seed=0)
+    copied = copy.deepcopy(model)
+    race.advance(Lane("", 0, copied, sgd(1e-3)(copied)), 1)
+    return race.chance
+
+
 def test_a_loss_that_no_classifier_has_tells_nothing_of_guessing() -> None:
     """The race knows the classes from a cross-entropy alone, and only of nets that begin untrained."""
-    race = Race(Batches(batches(), 4), classification_loss, base_seed=0)
     model = net(init="he")
-    lane = Lane("", 0, model, sgd(1e-3)(model))
-    race.advance(lane, 1)
-    race.set_limit(lane)
-    assert race.chance == pytest.approx(math.log(10.0))
-    other = Race(Batches([torch.ones(2, 4)], 1), lambda net, x: net(x).square().mean(), base_seed=0)
-    linear = nn.Linear(4, 3)
-    other.advance(Lane("", 0, linear, sgd(1e-3)(linear)), 1)
-
-    assert other.chance is not None
-    assert math.isnan(other.chance)
+    assert chance_known_to_a_race(model, classification_loss) == pytest.approx(math.log(10.0))
+    trained = Race(Batches(batches(4), 4), classification_loss, base_seed=0)
+    trained.advance(Lane("", 0, model, torch.optim.Adam(model.parameters(), lr=1e-2)), 100)
+    assert math.isnan(chance_known_to_a_race(model, classification_loss))
+    assert math.isnan(chance_known_to_a_race(model, lambda net, batch: net(batch[0]).square().mean()))
 
 
 def test_who_was_dropped_and_stood_better_than_the_winner_ends_is_called_back() -> None:

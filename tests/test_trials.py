@@ -450,6 +450,21 @@ def test_cures_of_the_optimizer_are_applied_and_undone(name: str) -> None:
     assert (optimizer.state_dict(), len(optimizer._optimizer_step_pre_hooks)) == before
 
 
+def test_groups_that_train_at_no_rate_do_not_say_what_is_usual() -> None:
+    """A frozen backbone at 0, however large, and a group that leaves its rate to the optimizer (``lr=None``)."""
+    model = net(init="he")
+    *frozen, weight, bias = model.parameters()
+    groups: list[dict[str, Any]] = [{"params": frozen, "lr": 0.0}, {"params": [weight]}, {"params": [bias], "lr": 0.3}]
+    optimizer = torch.optim.SGD(groups, lr=1e-3)
+    optimizer.param_groups.append({"params": [], "lr": None})
+    applied = gradguard.apply("even-learning-rates", model, optimizer=optimizer)
+
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 1e-3, 1e-3, None]
+    applied.undo()
+    gradguard.apply("lower-learning-rate", model, optimizer=optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, pytest.approx(1e-4), pytest.approx(0.03), None]
+
+
 def test_the_winner_is_applied_with_the_factor_that_was_measured() -> None:
     """One call."""
     model = net(init="he")

@@ -152,7 +152,7 @@ class Contest:
         if self._illness in _THROUGH_TIME and not self._control[0].fault and self._first_that_mends() is not None:
             return
         for rung, keep in self._plan.overtime:
-            lost = bool(self._control[0].fault) and math.isnan(self._chance)
+            lost = bool(self._control[0].fault) and math.isnan(self._race.chance)
             if not self.shown or lost or self._learns() or self.judgement.somebody_helps():
                 return
             if rung == self._plan.overtime[0][0]:
@@ -343,7 +343,7 @@ class Contest:
     def _learns(self) -> bool:
         """Whether the untreated copy learns more than to guess."""
         control = self._control[0]
-        return control.falls(self._length, share=NOTICEABLE) and not guesses(control.result, self._chance)
+        return control.falls(self._length, share=NOTICEABLE) and not guesses(control.result, self._race.chance)
 
     def _first_that_is_harmless(self) -> Entrant | None:
         """Return the first cure that costs nothing in these steps."""
@@ -383,16 +383,12 @@ class Contest:
     def judgement(self) -> Judgement:
         """What can be said of the contest as it stands."""
         return Judgement(
-            self._control, self._entrants, ill=bool(self._illness), mender=self._mender, chance=self._chance
+            self._control, self._entrants, ill=bool(self._illness), mender=self._mender, chance=self._race.chance
         )
 
     @property
-    def _chance(self) -> float:
-        return math.nan if self._race.chance is None else self._race.chance
-
-    @property
     def goes_by_health(self) -> bool:
-        """Whether what is recommended lowers no loss within the trial, and is chosen for what a check finds."""
+        """Whether what is recommended lowers no loss within the trial: a check chose it, or it merely does no harm."""
         return self._mender is not None
 
 

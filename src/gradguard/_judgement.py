@@ -53,7 +53,7 @@ class Judgement:
             control: Untreated copies, one per seed.
             entrants: All candidates, in the order of the prescriptions.
             ill: Whether anything is wrong.
-            mender: What a check recommends where no loss tells.
+            mender: What is recommended where no loss tells.
             chance: Loss of a classifier that guesses, NaN where that is not known.
         """
         self._control = control

@@ -16,6 +16,8 @@ from torch import nn
 from gradguard._arguments import refuse_compiled
 from gradguard._passes import scalar_loss
 from gradguard._untouched import cuda_devices
+from gradguard.detectors._loss import CHANCE_BAND
+from gradguard.detectors._numbers import median_with_error
 from gradguard.errors import GradGuardError, UnsupportedModelError
 from gradguard.monitors.losses import is_cross_entropy
 
@@ -44,9 +46,6 @@ SURE = 2.0
 
 _FEWEST = 4
 """Losses below which nothing is said of a fall. Ours: two medians of two."""
-
-_FROM_CHANCE = 0.75
-"""Share of ln(classes) above which the first loss of a classifier lies that has learnt nothing. As in ``_loss``."""
 
 _BLOWN_UP = 100.0
 """Times the first loss of the untreated copy above which a copy has diverged, even where it is finite. Ours."""
@@ -137,11 +136,11 @@ class Lane:
             until: Steps to look at.
             share: Of the median of the first half.
         """
-        losses = [loss for loss in self.losses[:until] if math.isfinite(loss)]
-        if self.fault or len(losses) < _FEWEST:
+        losses = np.array([loss for loss in self.losses[:until] if math.isfinite(loss)])
+        if self.fault or losses.size < _FEWEST:
             return False
-        middle = len(losses) // 2
-        (before, doubt), (after, more) = _median(losses[:middle]), _median(losses[middle:])
+        middle = losses.size // 2
+        (before, doubt), (after, more) = median_with_error(losses[:middle]), median_with_error(losses[middle:])
         return before - after > max(share * abs(before), SURE * math.hypot(doubt, more))
 
     @property
@@ -158,8 +157,6 @@ class Race:
     def __init__(self, batches: Batches, compute_loss: Callable[[Any, Any], Any], *, base_seed: int) -> None:
         """Prepare to train.
 
-        ``chance`` is ln(classes) once a cross-entropy was seen, NaN for other losses and trained classifiers.
-
         Args:
             batches: What to train on.
             compute_loss: Called as ``compute_loss(model, batch)``; returns a scalar loss or a mapping with ``"loss"``.
@@ -170,7 +167,12 @@ class Race:
         self._base_seed = base_seed
         self.steps_taken = 0
         self.limit = math.inf
-        self.chance: float | None = None
+        self._chance: float | None = None
+
+    @property
+    def chance(self) -> float:
+        """ln(classes) where the first loss was the cross-entropy of an untrained classifier, else NaN."""
+        return math.nan if self._chance is None else self._chance
 
     @property
     def batch(self) -> Any:
@@ -178,11 +180,9 @@ class Race:
         return self._batches.at(0, 0)
 
     def set_limit(self, untreated: Lane) -> None:
-        """Derive from the untreated copy's first loss where divergence begins, and whether it can be that of chance."""
+        """Derive from the untreated copy's first loss where divergence begins."""
         first = abs(untreated.losses[0]) if untreated.losses else math.nan
         self.limit = _BLOWN_UP * max(first, 1e-6) if math.isfinite(first) else math.inf
-        if self.chance is not None and not first > _FROM_CHANCE * self.chance:
-            self.chance = math.nan
 
     def advance(self, lane: Lane, until: int) -> None:
         """Train one lane up to a step; a fault of the copy stops it and nothing else."""
@@ -204,33 +204,33 @@ class Race:
             torch.manual_seed(self._base_seed + 7919 * lane.seed + step)
             lane.optimizer.zero_grad()
             loss = scalar_loss(self.compute_loss(lane.model, batch))
-            if self.chance is None:
-                self.chance = _chance(lane.model, loss)
+            if self._chance is None:
+                self._chance = _chance(lane.model, loss)
             loss.backward()
-            before = None if lane.ratios is None else _matrices(lane.model)
-            lane.optimizer.step()
-            if lane.ratios is not None and before:
-                lane.ratios.append(_median_ratio(before, _matrices(lane.model)))
+            if lane.ratios is None:
+                lane.optimizer.step()
+            else:
+                lane.ratios.append(_step_and_measure(lane))
         return float(loss.detach())
 
 
-def _matrices(model: nn.Module) -> list[torch.Tensor]:
-    """Return copies of the weights that learn and have more than one dimension."""
-    return [p.detach().clone() for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-
-
-def _median_ratio(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
-    ratios = [
-        (new - old).norm() / norm for old, new in zip(before, after, strict=True) if float(norm := old.norm()) > 0.0
-    ]
+def _step_and_measure(lane: Lane) -> float:
+    """Take the optimizer's step; return the median ratio of update to weight over matrices, NaN for none."""
+    matrices = [parameter for parameter in lane.model.parameters() if parameter.requires_grad and parameter.ndim >= 2]
+    before = [matrix.detach().clone() for matrix in matrices]
+    lane.optimizer.step()
+    moved = [((new.detach() - old).norm(), old.norm()) for old, new in zip(before, matrices, strict=True)]
+    ratios = [step / norm for step, norm in moved if float(norm) > 0.0]
     return float(torch.stack(ratios).median()) if ratios else math.nan
 
 
 def _chance(model: nn.Module, loss: torch.Tensor) -> float:
-    """Return the loss of a classifier that guesses, NaN where the loss is no cross-entropy."""
+    """Return the loss of guessing where this one is the cross-entropy of an untrained classifier, else NaN."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    known = bool(linear) and linear[-1].out_features > 1 and is_cross_entropy(loss)
-    return math.log(linear[-1].out_features) if known else math.nan
+    if not linear or linear[-1].out_features < 2 or not is_cross_entropy(loss):
+        return math.nan
+    chance = math.log(linear[-1].out_features)
+    return chance if float(loss.detach()) > CHANCE_BAND[0] * chance else math.nan
 
 
 def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[float, float]:
@@ -253,15 +253,7 @@ def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[flo
         differences.extend(other - own for other, own in zip(others, mine, strict=False))
     if not differences:
         return -math.inf, 0.0
-    return _median(differences)
-
-
-def _median(given: Sequence[float]) -> tuple[float, float]:
-    """Return a median and its standard error, 1.2533 times that of the mean, for Gaussian noise."""
-    values = np.array(given)
-    centre = float(np.median(values))
-    spread = 1.4826 * float(np.median(np.abs(values - centre)))
-    return centre, 1.2533 * spread / math.sqrt(len(values))
+    return median_with_error(np.array(differences))
 
 
 def copy_of(model: nn.Module) -> nn.Module:

@@ -8,11 +8,13 @@ from enum import StrEnum
 
 import numpy as np
 
+from gradguard.detectors._numbers import median_with_error
 from gradguard.history import History
 from gradguard.records import FloatArray
 
 __all__ = [
     "BLOW_UP",
+    "CHANCE_BAND",
     "LossProgress",
     "Trend",
     "judge_losses",
@@ -35,7 +37,7 @@ _SMALL_CHANGE = 0.02
 _SIGNIFICANT = 3.0
 """Standard errors by which two medians must differ. Ours: 1 in 370 for Gaussian noise."""
 
-_CHANCE_BAND = (0.75, 1.5)
+CHANCE_BAND = (0.75, 1.5)
 """Range around ln(classes) in which a classifier has learnt next to nothing. Ours: at the lower end the true class gets
 1.8 times its share with ten classes."""
 
@@ -114,7 +116,7 @@ def still_at_chance(history: History) -> bool:
     steps, loss, classes = history.steps, loss_progress(history), history.info.classes
     if steps[-1] - steps[0] < _LONG_AT_CHANCE:
         return False
-    worse = classes >= 2 and min(loss.first, loss.last) > _CHANCE_BAND[1] * math.log(classes)
+    worse = classes >= 2 and min(loss.first, loss.last) > CHANCE_BAND[1] * math.log(classes)
     return worse or not math.isnan(loss.chance)
 
 
@@ -143,12 +145,13 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
         return LossProgress(trend=Trend.RISEN, first=first, last=last)
     if finite.size < _MINIMUM_LOSSES:
         return LossProgress(trend=Trend.UNKNOWN, first=first, last=last)
-    origin, end = abs(float(finite[0])), _block(finite[-10:])
+    origin, end = abs(float(finite[0])), median_with_error(finite[-10:])
     erupted = bool(finite.max() > BLOW_UP * max(origin, abs(last)))
     start = _start(finite[:3], finite[-finite.size // 3 :])
     size = max(abs(start[0]), abs(end[0]))
-    scaled = classes >= 2 and first < _SCALED_DOWN * math.log(classes) and _QUIET[0] < _noise(finite) < _QUIET[1]
-    chance = _chance(start[0], end[0], first if scaled else math.log(classes) if classes >= 2 else math.nan)
+    level = math.log(classes) if classes >= 2 else math.nan
+    scaled = first < _SCALED_DOWN * level and _QUIET[0] < _noise(finite) < _QUIET[1]
+    chance = _chance(start[0], end[0], first if scaled else level)
     drop = _drop(start, end)
     if -drop >= _CLEAR_CHANGE * size > 0.0:
         trend = Trend.RISEN
@@ -158,7 +161,7 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
         trend = Trend.FALLING
     else:
         trend = Trend.FLAT
-    learnt = classes >= 2 and last < _LEARNT * math.log(classes) and not scaled
+    learnt = last < _LEARNT * level and not scaled
     return LossProgress(trend=trend, first=first, last=last, chance=chance, learnt=learnt, erupted=erupted)
 
 
@@ -178,22 +181,15 @@ def loss_growth(losses: FloatArray) -> float:
     return float(before[-1]) / usual if usual > 0.0 else math.nan
 
 
-def _block(values: FloatArray) -> tuple[float, float]:
-    """Return median and its standard error (1.2533 times that of the mean, for Gaussian noise)."""
-    centre = float(np.median(values))
-    spread = 1.4826 * float(np.median(np.abs(values - centre)))
-    return centre, 1.2533 * spread / math.sqrt(values.size)
-
-
 def _start(early: FloatArray, late: FloatArray) -> tuple[float, float]:
     """Return where the loss began: the first losses, with the noise of the late ones, as three show little of it.
 
     A loss that leaps up within its first three steps began at its very first value.
     """
-    noise = _block(late)[1] * math.sqrt(late.size)
+    noise = median_with_error(late)[1] * math.sqrt(late.size)
     if early.max() > BLOW_UP * abs(float(early[0])):
         return float(early[0]), noise
-    centre, error = _block(early)
+    centre, error = median_with_error(early)
     return centre, max(error, noise / math.sqrt(early.size))
 
 
@@ -206,12 +202,12 @@ def _drop(before: tuple[float, float], after: tuple[float, float]) -> float:
 def _is_falling(finite: FloatArray) -> bool:
     """Whether the last third lies below the middle one: the first holds the transient that even a sick run has."""
     third = finite.size // 3
-    middle, end = _block(finite[third : 2 * third]), _block(finite[2 * third :])
+    middle, end = median_with_error(finite[third : 2 * third]), median_with_error(finite[2 * third :])
     return _drop(middle, end) > 0.01 * max(abs(middle[0]), abs(end[0]))
 
 
 def _chance(start: float, end: float, level: float) -> float:
-    low, high = _CHANCE_BAND
+    low, high = CHANCE_BAND
     return level if start >= low * level and low * level <= end <= high * level else math.nan
 
 

@@ -14,12 +14,14 @@ __all__ = [
     "finite_median",
     "in_range",
     "is_bad",
+    "median_with_error",
     "names_text",
     "parameter_column",
     "percent",
     "positive",
     "power_of_ten",
     "signal",
+    "usual_rate",
 ]
 
 
@@ -69,6 +71,29 @@ def finite_median(values: FloatArray) -> float:
     """Return the median of the finite entries, NaN for none."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else math.nan
+
+
+def median_with_error(values: FloatArray) -> tuple[float, float]:
+    """Return the median and its standard error (1.2533 times that of the mean, for Gaussian noise), from the MAD."""
+    centre = float(np.median(values))
+    spread = 1.4826 * float(np.median(np.abs(values - centre)))
+    return centre, 1.2533 * spread / math.sqrt(values.size)
+
+
+def usual_rate(rates: FloatArray, sizes: FloatArray) -> float:
+    """Return the learning rate in the middle, by weights; NaN where none is above 0.
+
+    Args:
+        rates: Learning rates, shape ``[groups]``; those that are not above 0 train nothing and are left out.
+        sizes: Weights trained at each, shape ``[groups]``.
+    """
+    known = np.isfinite(rates) & (rates > 0.0)
+    if not sizes[known].any():
+        return math.nan
+    rates, sizes = rates[known], sizes[known]
+    order = np.argsort(rates)
+    reached = np.cumsum(sizes[order])
+    return float(rates[order][np.searchsorted(reached, 0.5 * reached[-1])])
 
 
 def power_of_ten(value: float) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from gradguard.detectors._numbers import finite_median
+from gradguard.detectors._numbers import finite_median, usual_rate
 from gradguard.findings import Evidence, Finding, Severity
 from gradguard.history import History
 from gradguard.records import FloatArray
@@ -53,15 +53,9 @@ def _usual_norm(history: History, step: int) -> dict[str, Evidence]:
 
 def _uneven(history: History) -> dict[str, Evidence]:
     rates = history.parameter("lr")[-1]
-    sizes = np.array(history.parameters.sizes, dtype=np.float64)
-    known = np.isfinite(rates) & (rates > 0.0)
-    if not known.any():
-        return {}
-    rates, sizes = rates[known], sizes[known]
-    order = np.argsort(rates)
-    middle = int(np.searchsorted(np.cumsum(sizes[order]), 0.5 * sizes.sum()))
-    usual, highest = float(rates[order][middle]), float(rates.max())
-    if highest < _APART * usual:
+    usual = usual_rate(rates, np.array(history.parameters.sizes, dtype=np.float64))
+    highest = float(rates[np.isfinite(rates)].max(initial=0.0))
+    if not highest >= _APART * usual:
         return {}
     return {
         "highest_lr": Evidence(value=highest, note="learning rate of a group"),

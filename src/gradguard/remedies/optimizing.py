@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from gradguard.detectors._numbers import usual_rate
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.clipping.fixed import Norm
 from gradguard.remedies.clipping.history import Adaptive
@@ -53,16 +56,12 @@ def scale_learning_rate(model: nn.Module, optimizer: Optimizer, *, factor: float
     """
     if not factor > 0.0:
         raise ValueError(f"factor must be above 0, got {factor!r}")
-    undo, changes = _Undo(), []
-    for index, group in enumerate(optimizer.param_groups):
-        for name in ("lr", "initial_lr"):
-            if name not in group:
-                continue
-            before = group[name]
-            group[name] = before * factor
-            undo.actions.append(partial(group.__setitem__, name, before))
-            if name == "lr":
-                changes.append(f"group {index}: learning rate {float(before):.3g} > {float(before) * factor:.3g}")
+    undo = _Undo()
+    changes = [
+        f"group {index}: learning rate {_multiply_rate(group, factor, undo)}"
+        for index, group in enumerate(optimizer.param_groups)
+        if group.get("lr") is not None
+    ]
     return Applied(
         model=model,
         remedy="lower-learning-rate" if factor < 1.0 else "higher-learning-rate",
@@ -82,33 +81,34 @@ def even_learning_rates(model: nn.Module, optimizer: Optimizer) -> Applied:
     Raises:
         ValueError: If no group's rate is twice that of the group in the middle, by weights.
 
-    Source: ours: queries and keys at a hundred times the rate of the others, docs/explanations.
+    Source: ours: queries and keys at a hundred times the rate of the others, ``gradguard explain GG501``.
     """
-    known = [group for group in optimizer.param_groups if group.get("lr") is not None]
-    groups = sorted(known, key=lambda group: float(group["lr"]))
+    groups = optimizer.param_groups
+    rates = [float(group["lr"]) if group.get("lr") is not None else math.nan for group in groups]
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
-    reached, usual = 0, 0.0
-    for group, size in zip(groups, sizes, strict=True):
-        if 2 * reached < sum(sizes):
-            usual = float(group["lr"])
-        reached += size
-    undo, changes = _Undo(), []
-    for index, group in enumerate(optimizer.param_groups):
-        rate = float(group.get("lr") or 0.0)
-        if rate < _TWICE * usual or not usual > 0.0:
-            continue
-        for name in ("lr", "initial_lr"):
-            if group.get(name) is not None:
-                before = group[name]
-                group[name] = before * (usual / rate)
-                undo.actions.append(partial(group.__setitem__, name, before))
-        changes.append(f"group {index}: learning rate {rate:.3g} > {float(group['lr']):.3g}, as of most weights")
+    usual = usual_rate(np.array(rates), np.array(sizes, dtype=np.float64))
+    undo = _Undo()
+    changes = [
+        f"group {index}: learning rate {_multiply_rate(group, usual / rate, undo)}, as of most weights"
+        for index, (group, rate) in enumerate(zip(groups, rates, strict=True))
+        if rate >= _TWICE * usual
+    ]
     if not changes:
         raise ValueError(
             f"no group of this {type(optimizer).__name__} has a learning rate far above that of most weights, so "
             "even-learning-rates has nothing to change"
         )
     return Applied(model=model, remedy="even-learning-rates", changes=tuple(changes), changed=(), _snapshot=undo)
+
+
+def _multiply_rate(group: dict[str, Any], factor: float, undo: _Undo) -> str:
+    """Multiply a group's rate, and that from which schedulers begin; return the rate before and after in words."""
+    before = float(group["lr"])
+    for name in ("lr", "initial_lr"):
+        if group.get(name) is not None:
+            undo.actions.append(partial(group.__setitem__, name, group[name]))
+            group[name] = group[name] * factor
+    return f"{before:.3g} > {float(group['lr']):.3g}"
 
 
 def set_option(model: nn.Module, optimizer: Optimizer, *, remedy: str, option: str, value: Any) -> Applied:
