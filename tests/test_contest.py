@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import gradguard
 from gradguard._contest import Contest
 from gradguard._entrant import Entrant
+from gradguard._health import Health
 from gradguard._plan import Plan, make_plan
 from gradguard._race import Batches, Lane, Race, paired_gain
 from gradguard.errors import UnsupportedModelError
@@ -214,7 +215,7 @@ def test_an_untreated_copy_that_learns_needs_no_cure_by_health_alone(
         untrained = bool(torch.allclose(model.get_parameter("0.weight"), begun, atol=1e-4))
         return {"GG101": 4.0} if untrained and not hasattr(model, "treated") else {}
 
-    monkeypatch.setattr(Contest, "_found", found)
+    monkeypatch.setattr(Health, "_found", found)
 
     def treat(target: Target) -> Applied:
         target.model.treated = True  # type: ignore[assignment]
@@ -299,7 +300,7 @@ def test_gain_is_paired_by_step_and_infinite_losses_do_not_count_as_gain() -> No
 def test_half_of_the_decades_count_where_no_cure_takes_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two cures that leave something of the illness the one that leaves less, and neither where that is much."""
     left = {"": 15.5, "little": 3.7, "some": 5.0, "much": 12.0}
-    monkeypatch.setattr(Contest, "_found", lambda _, model: {"GG111": left[getattr(model, "treated", "")]})
+    monkeypatch.setattr(Health, "_found", lambda _, model: {"GG111": left[getattr(model, "treated", "")]})
 
     def treat(name: str) -> Callable[[Target], Applied]:
         def run(target: Target) -> Applied:
@@ -328,7 +329,7 @@ def test_random_states_of_the_devices_of_the_model_are_put_back(monkeypatch: pyt
         forked.append(devices)
         return fork(devices=[])
 
-    for module in ("gradguard._contest", "gradguard._race"):
+    for module in ("gradguard._copies", "gradguard._race"):
         monkeypatch.setattr(f"{module}.cuda_devices", lambda model: [5])
     monkeypatch.setattr(torch.random, "fork_rng", recorded)
 
@@ -363,7 +364,7 @@ def test_memory_is_judged_by_a_check_without_overtime(
     monkeypatch: pytest.MonkeyPatch, illness: str, overtime: bool
 ) -> None:
     """Hundreds of steps would not show it; a net that stands still in depth may move after fifty."""
-    monkeypatch.setattr(Contest, "_found", lambda _, model: {} if getattr(model, "treated", False) else {illness: 9.0})
+    monkeypatch.setattr(Health, "_found", lambda _, model: {} if getattr(model, "treated", False) else {illness: 9.0})
 
     def treat(target: Target) -> Applied:
         target.model.treated = True  # type: ignore[assignment]

@@ -151,7 +151,8 @@ def test_what_is_applied_are_the_weights_that_were_measured() -> None:
         twin = copy.deepcopy(model)
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        gradguard.apply(found.best, twin, batch=batches(1)[0], compute_loss=classification_loss)
+        optimizer = sgd(1e-2)(twin)
+        gradguard.apply(found.best, twin, optimizer=optimizer, batch=batches(1)[0], compute_loss=classification_loss)
         assert torch.equal(torch.get_rng_state(), before)
         weights.append(twin.get_parameter("0.weight"))
 

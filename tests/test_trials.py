@@ -351,7 +351,7 @@ def test_copies_that_do_not_fit_into_memory_are_refused_before_they_are_made(mon
     """With how much it takes and how much there is."""
     monkeypatch.setattr("gradguard._race._free_memory", lambda _: 1000.0)
 
-    with pytest.raises(UnsupportedModelError, match=r"2 copies of this model .* GiB are free"):
+    with pytest.raises(UnsupportedModelError, match=r"4 copies of this model .* GiB are free"):
         gradguard.trial(net(init="he"), batches(3), classification_loss, adam, candidates=["clip-norm"])
 
 

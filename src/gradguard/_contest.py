@@ -8,25 +8,23 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
+from gradguard._copies import Copies
+from gradguard._easing import EASED, OVERSHOOTS, does_better, halved
 from gradguard._entrant import Entrant, projected
+from gradguard._health import FAILURES, Health
 from gradguard._judgement import NOTICEABLE, Judgement, guesses
-from gradguard._plan import Plan
-from gradguard._race import DRAW, Lane, Race, check_memory, checked_optimizer, copy_of
+from gradguard._plan import LOOK, Plan
+from gradguard._race import Lane, Race, check_memory
 from gradguard._rates import HALF_A_DECADE, search_rate
-from gradguard._untouched import cuda_devices
-from gradguard.errors import GradGuardError
-from gradguard.findings import Finding, Severity
-from gradguard.preflight import check
-from gradguard.prescriptions import with_factor
-from gradguard.remedies.catalogue import Target
+from gradguard.findings import Finding
+from gradguard.prescriptions import with_factor, with_lower_rate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["FAILURES", "Contest"]
+__all__ = ["Contest"]
 
 _THROUGH_TIME = frozenset({"GG111", "GG112"})
 """Illnesses of recurrent nets, measured over time steps."""
@@ -51,9 +49,6 @@ _RETRIES = 2
 _SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
 """Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
 
-FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError)
-"""How a remedy or a copy may fail; what else is raised is the user's to see."""
-
 
 class _Stop(Exception):  # noqa: N818  # not an error: time is up
     """Time is up."""
@@ -75,9 +70,8 @@ class Contest:
     ) -> None:
         """Prepare; nothing is copied before :meth:`run`."""
         self._model = model
-        self._devices = cuda_devices(model)
+        self._copies = Copies(model, race, make_optimizer)
         self._race = race
-        self._make_optimizer = make_optimizer
         self._batch = race.batch
         self._compute_loss = race.compute_loss
         self._plan = plan
@@ -85,12 +79,12 @@ class Contest:
         if illness is not None:
             self._illness, self._onset, self._lasted = illness.code, illness.step, illness.last_step
             self._climbed = "climbed_lr" in illness.evidence
+        self._health = Health(model, race, self._illness)
         self._deadline = deadline
         self._progress = progress
         self._control: list[Lane] = []
         self._entrants: list[Entrant] = []
         self._mender: Entrant | None = None
-        self._at_first: dict[str, float] | None = None
         self._length = plan.length
         self.shown = True
         self.unproven = False
@@ -104,14 +98,14 @@ class Contest:
     def run(self, entrants: list[Entrant]) -> None:
         """Run the race to its end, the deadline or an interrupt; what is known by then is kept."""
         self._entrants = entrants
-        check_memory(self._model, copies=len(entrants) + 1)
+        check_memory(self._model, copies=len(entrants) + 1 + (len(EASED) if self._plan.easing else 0))
         try:
             self._run()
         except (KeyboardInterrupt, _Stop):
             self.interrupted = True
 
     def _run(self) -> None:
-        self._control = [self._untreated(0)]
+        self._control = [self._copies.untreated(0)]
         first = self._control[0]
         self._advance(first, 1)
         self._race.set_limit(first)
@@ -125,6 +119,7 @@ class Contest:
             self._thin(rung, keep)
         self._call_back()
         self._run_on()
+        self._ease()
         for seed in range(1, self._plan.seeds):
             self._repeat(seed)
         self._look_at_health()
@@ -164,6 +159,43 @@ class Contest:
             self._race_to(rung)
             if keep:
                 self._cut(rung, keep)
+
+    def _ease(self) -> None:
+        """Where the steps of who leads overshoot, try the same cure at lower rates, for longer.
+
+        A cure may let a run learn at a rate that is too high for it all the same: in the first steps its loss falls
+        as fast as at any other, and later no further.
+        """
+        leader, late = self.judgement.leader, self._length > max(self._plan.length, self._plan.easing)
+        if leader is None or late or not self._plan.easing or halved(leader.lanes[0], self._control[0]):
+            return
+        if not self._overshoots(leader.lanes[0]):
+            return
+        after, self._length = self._length, max(self._plan.easing, self._length + LOOK)
+        self._advance(self._control[0], self._length)
+        self._advance(leader.lanes[0], self._length)
+        for entrant in self._running():
+            if entrant is not leader and not leader.lanes[0].fault:
+                self._drop(entrant, "dropped", f"behind {leader.prescription.remedy} after {after} steps")
+        self._race_to(self._length)
+        cure = leader.prescription
+        for factor in EASED:
+            eased = Entrant(prescription=with_lower_rate(cure, factor), remedy=leader.remedy)
+            eased.lanes = [self._treated(eased)]
+            self._advance(eased.lanes[0], self._length)
+            place = self._entrants.index(leader)
+            if does_better(eased.lanes[0], leader.lanes[0]):
+                self._entrants[place] = leader = eased
+
+    def _overshoots(self, lane: Lane) -> bool:
+        """Whether some further steps of a copy gain little of what its gradient promises; else they are forgotten."""
+        lane.gains = []
+        self._advance(lane, self._length + LOOK)
+        gains, lane.gains = lane.gains, None
+        if lane.fault or statistics.median(gains) < OVERSHOOTS:
+            return True
+        del lane.losses[self._length :]
+        return False
 
     def _race_to(self, rung: int) -> None:
         for entrant in self._running():
@@ -222,24 +254,8 @@ class Contest:
                 raise _Stop
             self._race.advance(lane, min(until, len(lane.losses) + 4))
 
-    def _untreated(self, seed: int) -> Lane:
-        twin = copy_of(self._model)
-        return Lane("", seed, twin, checked_optimizer(self._make_optimizer(twin), twin))
-
-    def _treated(self, entrant: Entrant, seed: int) -> Lane:
-        """Return a copy with the remedy applied, under random numbers of its seed."""
-        twin = copy_of(self._model)
-        arguments = entrant.prescription.arguments
-        with torch.random.fork_rng(devices=self._devices):
-            torch.manual_seed(DRAW + seed)
-            if entrant.remedy.acts_on == "model":
-                target = Target(twin, None, self._batch, self._compute_loss, arguments)
-                twin = entrant.remedy.run(target).model
-                optimizer = checked_optimizer(self._make_optimizer(twin), twin)
-            else:
-                optimizer = checked_optimizer(self._make_optimizer(twin), twin)
-                entrant.remedy.run(Target(twin, optimizer, self._batch, self._compute_loss, arguments))
-        return Lane(entrant.prescription.remedy, seed, twin, optimizer)
+    def _treated(self, entrant: Entrant, seed: int = 0) -> Lane:
+        return self._copies.treated(entrant.prescription, entrant.remedy, seed)
 
     def _enter(self, entrant: Entrant) -> None:
         if not self.shown and entrant.remedy.level > 0:
@@ -248,7 +264,7 @@ class Contest:
         try:
             if entrant.remedy.searched and self.shown:
                 self._search_rate(entrant)
-            entrant.lanes = [self._treated(entrant, 0)]
+            entrant.lanes = [self._treated(entrant)]
         except FAILURES as error:
             self._drop(entrant, "not possible", str(error).splitlines()[0] if str(error) else type(error).__name__)
 
@@ -257,7 +273,7 @@ class Contest:
 
         def attempt(factor: float, steps: int) -> tuple[float, float]:
             entrant.prescription = with_factor(entrant.prescription, factor)
-            lane = self._treated(entrant, 0)
+            lane = self._treated(entrant)
             lane.ratios = []
             self._advance(lane, steps)
             loss = math.inf if lane.fault else sum(lane.losses[-2:]) / 2
@@ -270,16 +286,16 @@ class Contest:
         """Begin again at a lower rate: what was fine for the few steps of the search is too high for more."""
         factor = float(entrant.prescription.arguments["factor"])
         entrant.prescription = with_factor(entrant.prescription, factor / HALF_A_DECADE)
-        entrant.lanes = [self._treated(entrant, 0)]
+        entrant.lanes = [self._treated(entrant)]
 
     def _screen(self) -> None:
         """Drop cures that leave before the first step what a check sees in the untreated model."""
-        if self._illness not in _SCREENED or self._illness not in self._found_at_first():
+        if self._illness not in _SCREENED or self._illness not in self._health.at_first():
             return
         hopeless = [
             entrant
             for entrant in self._running()
-            if entrant.remedy.acts_on == "model" and self._illness in self._found_in(entrant.lanes[0])
+            if entrant.remedy.acts_on == "model" and self._illness in self._health.after(entrant.lanes[0])
         ]
         if len(hopeless) == len(self._running()):
             return
@@ -287,33 +303,9 @@ class Contest:
             entrant.screened = True
             self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness}")
 
-    def _found(self, model: nn.Module) -> dict[str, float]:
-        """Return what a check warns of, and the illness itself however mild it looks there: decades by code, or 1."""
-        try:
-            diagnosis = check(model, self._batch, self._compute_loss)
-        except FAILURES:
-            return {}
-        return {
-            item.code: _decades(item)
-            for item in diagnosis.findings
-            if item.standing and (item.severity >= Severity.WARNING or item.code == self._illness)
-        }
-
-    def _found_in(self, lane: Lane) -> dict[str, float]:
-        """Return what a check finds in a copy as far as it has been trained; each copy is checked once per length."""
-        if lane.found is None or lane.found[0] != len(lane.losses):
-            lane.found = len(lane.losses), self._found(lane.model)
-        return lane.found[1]
-
-    def _found_at_first(self) -> dict[str, float]:
-        """Return what a check finds in the model as it was given."""
-        if self._at_first is None:
-            self._at_first = self._found(copy_of(self._model))
-        return self._at_first
-
     def _repeat(self, seed: int) -> None:
         """Run the untreated copy and the finalists again under another seed."""
-        control = self._untreated(seed)
+        control = self._copies.untreated(seed)
         self._advance(control, self._length)
         lanes: list[tuple[Entrant, Lane]] = []
         for entrant in self._running():
@@ -330,7 +322,7 @@ class Contest:
         if not self._illness:
             return
         for entrant in self._running():
-            entrant.healthy = self._illness not in self._found_in(entrant.lanes[0])
+            entrant.healthy = self._illness not in self._health.after(entrant.lanes[0])
         if self.judgement.somebody_helps():
             return
         self._mender = self._first_that_mends() if self.shown else None
@@ -361,9 +353,9 @@ class Contest:
         """
         control = self._control[0]
         after = control.halves(self._length)[1]
-        found = self._found_in(control)
+        found = self._health.after(control)
         if not self._learns():
-            found = found | self._found_at_first()
+            found = found | self._health.at_first()
         if self._illness not in found:
             return None
         least, mender = _HALF * found[self._illness], None
@@ -372,7 +364,7 @@ class Contest:
                 continue
             last = len(entrant.lanes[0].losses)
             worse = entrant.lanes[0].halves(last)[1] - control.halves(last)[1]
-            left = self._found_in(entrant.lanes[0])
+            left = self._health.after(entrant.lanes[0])
             remains = left.get(self._illness, 0.0)
             if remains < least and left.keys() <= found.keys() and not worse > 0.5 * NOTICEABLE * abs(after):
                 least, mender = remains, entrant
@@ -390,10 +382,3 @@ class Contest:
     def goes_by_health(self) -> bool:
         """Whether what is recommended lowers no loss within the trial: a check chose it, or it merely does no harm."""
         return self._mender is not None
-
-
-def _decades(finding: Finding) -> float:
-    """Return the decades of a finding that is measured in them, 1 for any other."""
-    spans = (finding.evidence.get(name) for name in ("time_span", "span"))
-    values = [abs(float(item.value)) for item in spans if item is not None and isinstance(item.value, float)]
-    return next((value for value in values if math.isfinite(value)), 1.0)

@@ -118,6 +118,11 @@ class Judgement:
         winner = min(near, key=lambda entrant: (entrant.remedy.level, entrant.result))
         return winner, [winner, *(entrant for entrant in finished if entrant is not winner)]
 
+    @property
+    def leader(self) -> Entrant | None:
+        """Who would be recommended as things stand."""
+        return self._ranked()[0]
+
     def best(self) -> Prescription | None:
         """Return what to recommend, with its effect; ``None`` where nothing helps by more than chance."""
         winner, _ = self._ranked()

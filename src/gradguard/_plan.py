@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-__all__ = ["SHARE", "Plan", "make_plan"]
+__all__ = ["LOOK", "SHARE", "Plan", "make_plan"]
 
 SHARE = 0.25
 """Share of the run's steps that a trial may take. Source: ours, algorithms.md, section K."""
@@ -24,6 +24,18 @@ _OVERTIME = ((20, 4), (40, 3), (80, 0))
 """Steps to go on to, and candidates left then, where a short plan ends with no loss that tells. Source: ours,
 algorithms.md, section K: 40 steps tell where 20 mislead; narrow nets of 16 layers stand still for 50."""
 
+LOOK = 3
+"""Steps over whose median it is measured whether steps overshoot. Ours: 3 and 6 tell as well."""
+
+_EASING = 40
+"""Steps after which a cure at its own rate is compared with the same at lower ones. Source: ours, :mod:`_easing`."""
+
+_TO_EASE = 3
+"""Runs of that length that it takes at most: two at lower rates, and about one to take all others so far."""
+
+_LONG = 1000
+"""Steps from which on a run has more than hundreds, and a quarter of it is all that a trial may take."""
+
 _CHECKPOINTS = (0.2, 0.5)
 """Shares of the length at which candidates are compared and the hopeless are dropped. Source: ours, algorithms.md,
 section K: 8 and 20 of 40 steps."""
@@ -39,12 +51,14 @@ class Plan:
         seeds: Seeds that the finalists, and the untreated copy, run under.
         overtime: Steps to go on to where no loss tells a cure from nothing by then, and candidates left after each; 0
             leaves all.
+        easing: Steps to which to go on where the winner's learning rate turns out too high; 0 never to look.
     """
 
     rungs: tuple[int, ...]
     keep: tuple[int, ...]
     seeds: int
     overtime: tuple[tuple[int, int], ...] = ()
+    easing: int = 0
 
     @property
     def length(self) -> int:
@@ -75,11 +89,15 @@ def make_plan(candidates: int, *, run_steps: int | None = None, steps: int | Non
     plans = [_plan(candidates, *size) for size in _SIZES]
     if steps is not None:
         plans = [_plan(candidates, steps, seeds, _FINALISTS) for seeds in (2, 1)]
+    easing = _EASING if steps is None else 0
     if run_steps is None:
-        return plans[0] if steps is not None else plans[_USUAL]
+        return plans[0] if steps is not None else replace(plans[_USUAL], easing=easing)
     chosen = next((plan for plan in plans if plan.cost(candidates) <= SHARE * run_steps), plans[-1])
+    room = run_steps < _LONG or chosen.cost(candidates) + _TO_EASE * max(easing, chosen.length) <= SHARE * run_steps
     return replace(
-        chosen, overtime=tuple((rung, keep) for rung, keep in _OVERTIME if chosen.length < rung <= run_steps)
+        chosen,
+        overtime=tuple((rung, keep) for rung, keep in _OVERTIME if chosen.length < rung <= run_steps),
+        easing=easing if room and easing <= run_steps else 0,
     )
 
 

@@ -105,6 +105,8 @@ class Lane:
         fault: Why it was stopped; empty while it runs.
         found: After how many steps it was checked last, and what that found; ``None`` before.
         ratios: Median ratio of update to weight over matrices, of each step; ``None`` where it is not measured.
+        gains: What each step gained on its own batch as a share of what the gradient promised, 1 for steps that are
+            small enough and below 0 where the loss rose; ``None`` where it is not measured.
         devices: CUDA devices of the copy, whose generators a step moves.
     """
 
@@ -116,6 +118,7 @@ class Lane:
     fault: str = ""
     found: tuple[int, dict[str, float]] | None = None
     ratios: list[float] | None = None
+    gains: list[float] | None = None
     devices: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -201,17 +204,25 @@ class Race:
     def _take_step(self, lane: Lane, step: int) -> float:
         batch = self._batches.at(step, lane.seed)
         with torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
-            torch.manual_seed(self._base_seed + 7919 * lane.seed + step)
+            self._seed(lane, step)
             lane.optimizer.zero_grad()
             loss = scalar_loss(self.compute_loss(lane.model, batch))
             if self._chance is None:
                 self._chance = _chance(lane.model, loss)
             loss.backward()
-            if lane.ratios is None:
-                lane.optimizer.step()
-            else:
+            if lane.gains is not None:
+                promised = _step_and_promise(lane)
+                self._seed(lane, step)
+                gained = float(loss.detach()) - float(scalar_loss(self.compute_loss(lane.model, batch)).detach())
+                lane.gains.append(gained / promised if promised > 0.0 else math.nan)
+            elif lane.ratios is not None:
                 lane.ratios.append(_step_and_measure(lane))
+            else:
+                lane.optimizer.step()
         return float(loss.detach())
+
+    def _seed(self, lane: Lane, step: int) -> None:
+        torch.manual_seed(self._base_seed + 7919 * lane.seed + step)
 
 
 def _step_and_measure(lane: Lane) -> float:
@@ -222,6 +233,15 @@ def _step_and_measure(lane: Lane) -> float:
     moved = [((new.detach() - old).norm(), old.norm()) for old, new in zip(before, matrices, strict=True)]
     ratios = [step / norm for step, norm in moved if float(norm) > 0.0]
     return float(torch.stack(ratios).median()) if ratios else math.nan
+
+
+def _step_and_promise(lane: Lane) -> float:
+    """Take the optimizer's step; return by how much the loss would fall if it were linear in the weights."""
+    held = [parameter for parameter in lane.model.parameters() if parameter.grad is not None]
+    before = [(parameter.detach().clone(), parameter.grad.clone()) for parameter in held if parameter.grad is not None]
+    lane.optimizer.step()
+    moved = zip(before, held, strict=True)
+    return sum(float(((old - new.detach()) * gradient.conj()).sum().real) for (old, gradient), new in moved)
 
 
 def _chance(model: nn.Module, loss: torch.Tensor) -> float:

@@ -120,7 +120,8 @@ class Prescription:
         code: A line (or a few) of Python to paste.
         expected: What should be different afterwards, in one sentence; what a trial measured is ``effect``.
         reference: Where the remedy comes from.
-        arguments: Arguments of the remedy, by name; after a trial with the ``seed`` of the weights that it drew.
+        arguments: Arguments of the remedy, by name; after a trial with the ``seed`` of the weights that it drew,
+            and with ``lr_factor`` where the learning rate is to be multiplied as well.
         effect: Measured effect, or ``None`` while nobody has tried it. Reports label such cures as untried.
     """
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gradguard._contest import FAILURES, Contest
+from gradguard._contest import Contest
 from gradguard._entrant import Entrant
+from gradguard._health import FAILURES
 from gradguard._plan import make_plan
 from gradguard._race import Batches, Race
 from gradguard.detectors.saturated_units import FAR_INPUT
@@ -61,7 +62,9 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     After a fifth and a half of the steps those behind are dropped; at most three run to the end, under two seeds where
     the budget allows. Among those within 5 % of the best gain the one that changes least is recommended. Learning rates
     are searched by decades; where the run's rate had climbed, copies begin at the rate that it had climbed to. Where
-    what a guard saw may be the doing of the first weights or of raw data, cures for those are tried as well, up to six
+    the steps of a winner that has not halved the loss overshoot, it is tried at lower rates too, over 40 steps, and may
+    be recommended together with one (``lr_factor`` in its arguments). Where what a guard saw may be the doing of the
+    first weights or of raw data, cures for those are tried as well, up to six
     in all. The model, its gradients, its modes and all random states stay as they are.
 
     Args:

@@ -18,7 +18,7 @@ from gradguard.prescriptions._choice import CURES
 from gradguard.prescriptions._suited import activation_of, suited
 from gradguard.prescriptions._texts import REMEDIES
 
-__all__ = ["plain_prescription", "prescribe", "prescriptions_for", "with_factor"]
+__all__ = ["plain_prescription", "prescribe", "prescriptions_for", "with_factor", "with_lower_rate"]
 
 _RATE_FACTORS = (1e-4, 0.5, 2.0, 1e4)
 """Smallest and largest factor by which to lower, and to raise, a learning rate at once. Ours."""
@@ -76,6 +76,25 @@ def with_factor(prescription: Prescription, factor: float) -> Prescription:
     factor = _rounded(factor, 2)
     code = REMEDIES[prescription.remedy].code.format(factor=f"{factor:.2g}")
     return replace(prescription, arguments={**prescription.arguments, "factor": factor}, code=code)
+
+
+def with_lower_rate(prescription: Prescription, factor: float) -> Prescription:
+    """Return a prescription together with a lower learning rate: in its arguments, in its reason and in its code.
+
+    Args:
+        prescription: Of anything; one of a learning rate gets another factor.
+        factor: Between 0 and 1.
+    """
+    if "factor" in prescription.arguments:
+        return with_factor(prescription, factor * float(prescription.arguments["factor"]))
+    factor = _rounded(factor, 2)
+    lower = REMEDIES["lower-learning-rate"].code.format(factor=f"{factor:.2g}")
+    return replace(
+        prescription,
+        arguments={**prescription.arguments, "lr_factor": factor},
+        reason=f"{prescription.reason} At {factor:.2g} times the learning rate: at the run's own its steps overshoot.",
+        code=f"{prescription.code}\n{lower}",
+    )
 
 
 def _fill(name: str, finding: Finding) -> Prescription:

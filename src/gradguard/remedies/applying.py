@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from gradguard._untouched import cuda_devices
 from gradguard.findings import Prescription
 from gradguard.remedies import catalogue
 from gradguard.remedies._applied import Applied
+from gradguard.remedies.optimizing import Undo, scale_learning_rate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -38,7 +40,8 @@ def apply(
     Args:
         prescription: What to apply, for instance ``result.best`` of a trial, or the name of a remedy.
         model: The model to change.
-        optimizer: Its optimizer. Required by cures that act through it; pass it with every other as well.
+        optimizer: Its optimizer. Required by cures that act through it, or that a trial found to want
+            another learning rate; pass it with every other as well.
         batch: A batch; initializations and surgery that trace the model run it once.
         compute_loss: How to call the model with a batch; by default ``model(batch)``, or ``model(*batch)``'s first.
 
@@ -73,8 +76,35 @@ def apply(
     refuse_compiled(model, "apply the cure to the module that it was made from")
     arguments = prescription.arguments if isinstance(prescription, Prescription) else {}
     target = catalogue.Target(model, optimizer, batch, compute_loss, arguments)
-    if "seed" not in arguments:
+    if "lr_factor" not in arguments:
+        return _run(remedy, target)
+    if optimizer is None:
+        raise ValueError(
+            f"{name} was measured at {float(arguments['lr_factor']):g} times the learning rate: pass optimizer=, or "
+            f"apply {name!r} by its name and multiply the rate yourself"
+        )
+    return _run_at_rate(remedy, target, optimizer)
+
+
+def _run(remedy: catalogue.Remedy, target: catalogue.Target) -> Applied:
+    """Apply a remedy, under the seed that it was measured with where there is one."""
+    if "seed" not in target.arguments:
         return remedy.run(target)
-    with torch.random.fork_rng(devices=cuda_devices(model)):
-        torch.manual_seed(int(arguments["seed"]))
+    with torch.random.fork_rng(devices=cuda_devices(target.model)):
+        torch.manual_seed(int(target.arguments["seed"]))
         return remedy.run(target)
+
+
+def _run_at_rate(remedy: catalogue.Remedy, target: catalogue.Target, optimizer: Optimizer) -> Applied:
+    """Apply a remedy and multiply the learning rate."""
+    rate = scale_learning_rate(target.model, optimizer, factor=float(target.arguments["lr_factor"]))
+    try:
+        applied = _run(remedy, target)
+    except BaseException:
+        rate.undo()
+        raise
+    return replace(
+        applied,
+        changes=(*applied.changes, *rate.changes),
+        _snapshot=Undo([rate.undo, applied.undo]),
+    )

@@ -20,15 +20,19 @@ from gradguard.remedies.clipping.history import Adaptive
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["attach_clipper", "even_learning_rates", "scale_learning_rate", "set_option"]
+__all__ = ["Undo", "attach_clipper", "even_learning_rates", "scale_learning_rate", "set_option"]
 
 _TWICE = 2.0
 """Factor above the rate of most weights from which a group's rate is lowered to it. Ours."""
 
 
 @dataclass(slots=True, eq=False)
-class _Undo:
-    """What to call to put things back, newest last."""
+class Undo:
+    """What to call to put things back, newest last.
+
+    Attributes:
+        actions: Called from the last to the first.
+    """
 
     actions: list[Callable[[], Any]] = field(default_factory=list)
 
@@ -56,7 +60,7 @@ def scale_learning_rate(model: nn.Module, optimizer: Optimizer, *, factor: float
     """
     if not factor > 0.0:
         raise ValueError(f"factor must be above 0, got {factor!r}")
-    undo = _Undo()
+    undo = Undo()
     changes = [
         f"group {index}: learning rate {_multiply_rate(group, factor, undo)}"
         for index, group in enumerate(optimizer.param_groups)
@@ -87,7 +91,7 @@ def even_learning_rates(model: nn.Module, optimizer: Optimizer) -> Applied:
     rates = [float(group["lr"]) if group.get("lr") is not None else math.nan for group in groups]
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
     usual = usual_rate(np.array(rates), np.array(sizes, dtype=np.float64))
-    undo = _Undo()
+    undo = Undo()
     changes = [
         f"group {index}: learning rate {_multiply_rate(group, usual / rate, undo)}, as of most weights"
         for index, (group, rate) in enumerate(zip(groups, rates, strict=True))
@@ -101,7 +105,7 @@ def even_learning_rates(model: nn.Module, optimizer: Optimizer) -> Applied:
     return Applied(model=model, remedy="even-learning-rates", changes=tuple(changes), changed=(), _snapshot=undo)
 
 
-def _multiply_rate(group: dict[str, Any], factor: float, undo: _Undo) -> str:
+def _multiply_rate(group: dict[str, Any], factor: float, undo: Undo) -> str:
     """Multiply a group's rate, and that from which schedulers begin; return the rate before and after in words."""
     before = float(group["lr"])
     for name in ("lr", "initial_lr"):
@@ -124,7 +128,7 @@ def set_option(model: nn.Module, optimizer: Optimizer, *, remedy: str, option: s
     Raises:
         ValueError: If no group has the option.
     """
-    undo, changes = _Undo(), []
+    undo, changes = Undo(), []
     for index, group in enumerate(optimizer.param_groups):
         if option not in group:
             continue
@@ -157,5 +161,5 @@ def attach_clipper(model: nn.Module, optimizer: Optimizer, *, max_norm: float | 
         remedy="adaptive-clip" if max_norm is None else "clip-norm",
         changes=(f"gradients are clipped {what} before each step of {type(optimizer).__name__}",),
         changed=(),
-        _snapshot=_Undo([clipper.detach]),
+        _snapshot=Undo([clipper.detach]),
     )

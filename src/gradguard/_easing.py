@@ -1,0 +1,40 @@
+"""When the steps of a copy are too long for its loss, and which lower rates to try then."""
+
+from __future__ import annotations
+
+import math
+
+from gradguard._judgement import NOTICEABLE
+from gradguard._race import Lane
+from gradguard._rates import HALF_A_DECADE
+
+__all__ = ["EASED", "OVERSHOOTS", "does_better", "halved"]
+
+EASED = (1.0 / HALF_A_DECADE, 0.1)
+"""Factors at which a cure is tried again."""
+
+OVERSHOOTS = 0.5
+"""Share of the gain that the gradient promises, below which lower rates are tried. Ours; along a parabola a step that
+ends at its minimum gains one half, one half as long three quarters (Nocedal and Wright, Numerical Optimization, 2006,
+chapter 3)."""
+
+_CLEARLY = 2.0 * NOTICEABLE
+"""Share of the loss by which a lower rate must end below the cure's own. Ours."""
+
+
+_HALF = 0.5
+"""Share of the first loss at which a cure does well enough. Ours: of 22 runs in which a lower rate was chosen it made
+none better by more than 0.02 whose loss had fallen further."""
+
+
+def halved(lane: Lane, control: Lane) -> bool:
+    """Whether a copy ends below half the loss that the untreated one began with."""
+    first = control.losses[0] if control.losses else math.nan
+    return lane.result < _HALF * first
+
+
+def does_better(eased: Lane, given: Lane) -> bool:
+    """Whether a copy at a lower rate ends clearly below one at the rate that was given."""
+    if not math.isfinite(given.result):
+        return math.isfinite(eased.result)
+    return given.result - eased.result > _CLEARLY * abs(given.result)

@@ -1,0 +1,65 @@
+"""What a check finds in the copies of a trial: there where no loss tells, there before the first step."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from gradguard._race import Lane, Race, copy_of
+from gradguard.errors import GradGuardError
+from gradguard.findings import Finding, Severity
+from gradguard.preflight import check
+
+__all__ = ["FAILURES", "Health"]
+
+FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError)
+"""How a remedy or a copy may fail; what else is raised is the user's to see."""
+
+
+class Health:
+    """Checks copies of a model for what it is ill with."""
+
+    def __init__(self, model: nn.Module, race: Race, illness: str) -> None:
+        """Prepare; nothing is checked yet.
+
+        Args:
+            model: The model as it was given.
+            race: With the batch and the loss to check with.
+            illness: Code of the finding, empty for none.
+        """
+        self._model = model
+        self._race = race
+        self._illness = illness
+        self._at_first: dict[str, float] | None = None
+
+    def at_first(self) -> dict[str, float]:
+        """Return what a check finds in the model as it was given: decades by code, or 1."""
+        if self._at_first is None:
+            self._at_first = self._found(copy_of(self._model))
+        return self._at_first
+
+    def after(self, lane: Lane) -> dict[str, float]:
+        """Return what a check finds in a copy as far as it has been trained; each copy is checked once per length."""
+        if lane.found is None or lane.found[0] != len(lane.losses):
+            lane.found = len(lane.losses), self._found(lane.model)
+        return lane.found[1]
+
+    def _found(self, model: nn.Module) -> dict[str, float]:
+        """Return what a check warns of, and the illness itself however mild it looks there."""
+        try:
+            diagnosis = check(model, self._race.batch, self._race.compute_loss)
+        except FAILURES:
+            return {}
+        return {
+            item.code: _decades(item)
+            for item in diagnosis.findings
+            if item.standing and (item.severity >= Severity.WARNING or item.code == self._illness)
+        }
+
+
+def _decades(finding: Finding) -> float:
+    """Return the decades of a finding that is measured in them, 1 for any other."""
+    spans = (finding.evidence.get(name) for name in ("time_span", "span"))
+    values = [abs(float(item.value)) for item in spans if item is not None and isinstance(item.value, float)]
+    return next((value for value in values if math.isfinite(value)), 1.0)
