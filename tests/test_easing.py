@@ -88,6 +88,15 @@ def test_a_cure_that_keeps_what_it_promises_is_left_at_its_rate() -> None:
     assert result.cost_steps == 2 * result.best.effect.steps + LOOK
 
 
+def test_nobody_looks_further_than_the_steps_that_were_asked_for() -> None:
+    """The same trial, whose length is the caller's."""
+    model = net(20, activation=nn.Tanh, init="small")
+    result = gradguard.trial(model, batches(), classification_loss, sgd(1e-3), candidates=["layer-norm"], steps=24)
+
+    assert result.best is not None
+    assert result.cost_steps == sum(run.steps * run.seeds for run in (result.control, *result.runs))
+
+
 def test_a_cure_that_has_halved_the_loss_is_not_looked_at() -> None:
     """It does well enough, and costs nothing more."""
     model = net(20, activation=nn.Tanh, init="small")
