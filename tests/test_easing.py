@@ -46,6 +46,29 @@ def test_the_gain_is_that_of_the_same_batch_under_the_same_random_numbers() -> N
     assert lane.gains == pytest.approx([1.0] * 4, abs=0.05)
 
 
+class Table(nn.Module):
+    """Two weights that are unlike others: one with sparse gradients, one complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(10, 4, sparse=True)
+        self.phase = nn.Parameter(torch.full((3, 3), 1.0 + 2.0j))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return half the sum of squares of both."""
+        return (self.rows(rows).square().sum() + self.phase.abs().square().sum()) / 2.0
+
+
+def test_sparse_gradients_and_complex_weights_gain_what_others_do() -> None:
+    """Every row once, so that it is a parabola again."""
+    model = Table()
+    lane = Lane("", 0, model, torch.optim.SGD(model.parameters(), lr=0.2), gains=[])
+    Race(Batches([torch.arange(10)], 1), lambda net, rows: net(rows), base_seed=0).advance(lane, 3)
+
+    assert not lane.fault
+    assert lane.gains == pytest.approx([0.9] * 3, rel=1e-4)
+
+
 def test_a_step_against_the_gradient_promises_nothing() -> None:
     """As of an optimizer that has stopped, or that a momentum carries uphill."""
     model = nn.Linear(3, 2)

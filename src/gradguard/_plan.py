@@ -28,10 +28,12 @@ LOOK = 3
 """Steps over whose median it is measured whether steps overshoot. Ours: 3 and 6 tell as well."""
 
 _EASING = 40
-"""Steps after which a cure at its own rate is compared with the same at lower ones. Source: ours, :mod:`_easing`."""
+"""Steps after which a cure at its own rate is compared with the same at lower ones. Ours: in 428 sick runs trained to
+their ends 22 rates are lowered so; 5 more runs are cured, none fewer, and one of the 22 ends clearly worse."""
 
 _TO_EASE = 3
-"""Runs of that length that it takes at most: two at lower rates, and about one to take all others so far."""
+"""Runs of that length that it takes at most: two at lower rates, and less than one for winner and untreated copy
+to go on."""
 
 _LONG = 1000
 """Steps from which on a run has more than hundreds, and a quarter of it is all that a trial may take."""
