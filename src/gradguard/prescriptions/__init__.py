@@ -125,7 +125,7 @@ def _arguments(name: str, finding: Finding) -> dict[str, Any]:
         return {"factor": _rounded(_factor(name, finding), 2)}
     if name == "clip-norm":
         return {"max_norm": _clip_norm(name, finding)}
-    if name == "chrono-initialization":
+    if name in {"chrono-initialization", "gated-cell", "lstm"}:
         return {"max_time": _time_steps(finding)}
     if name in {"freeze", "add-to-optimizer"}:
         return {"parameters": finding.layers}

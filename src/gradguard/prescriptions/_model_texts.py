@@ -11,6 +11,17 @@ __all__ = ["LAYERS"]
 
 _ENTROPY = "Zhai et al. (2023), Preventing Attention Entropy Collapse, ICML, arXiv 2303.06296"
 
+_CHRONO = "Tallec, Ollivier (2018), Can recurrent neural networks warp time?, ICLR, arXiv 1804.11188"
+
+
+def _cell(kind: str, by_hand: str) -> str:
+    """Return the lines that put a gated cell in place of a plain one, with memories of the length that is needed."""
+    return (
+        f'gradguard.remedies.surgery.swap_recurrent(model, "{kind}", max_time={{steps}}, batch=batch, '
+        f"optimizer=optimizer)\n# by hand: {by_hand}"
+    )
+
+
 LAYERS: Mapping[str, RemedyText] = MappingProxyType(
     {
         "layer-norm": RemedyText(
@@ -75,15 +86,18 @@ LAYERS: Mapping[str, RemedyText] = MappingProxyType(
         ),
         "gated-cell": RemedyText(
             reason="The state of a GRU is kept by a gate, not multiplied by a matrix at every step.",
-            code=call("gated-cell", by_hand="nn.GRU(...) in place of nn.RNN(...), update gate bias 1"),
-            expected="Of the gradient 0.78 is left per step, where torch's plain RNN of 32 units leaves 0.52.",
-            reference="Cho et al. (2014), Learning Phrase Representations using RNN Encoder-Decoder, arXiv 1406.1078",
+            code=_cell("gru", "nn.GRU(...) in place of nn.RNN(...), update gate biases ln U(1, {steps} - 1)"),
+            expected="Memories of every length up to {steps} steps; a plain RNN of 32 units keeps 0.52 per step.",
+            reference=(
+                "Cho et al. (2014), Learning Phrase Representations using RNN Encoder-Decoder, arXiv 1406.1078; "
+                f"{_CHRONO}"
+            ),
         ),
         "lstm": RemedyText(
             reason="The cell of an LSTM is added to, not multiplied by a matrix at every step; a gate keeps it.",
-            code=call("lstm", by_hand="nn.LSTM(...) in place of nn.RNN(...), forget gate bias 1"),
-            expected="Of the gradient 0.84 is left per step, where torch's plain RNN of 32 units leaves 0.52.",
-            reference="Hochreiter, Schmidhuber (1997), Long Short-Term Memory, Neural Computation 9(8)",
+            code=_cell("lstm", "nn.LSTM(...) in place of nn.RNN(...), forget gate biases ln U(1, {steps} - 1)"),
+            expected="Memories of every length up to {steps} steps; a plain RNN of 32 units keeps 0.52 per step.",
+            reference=f"Hochreiter, Schmidhuber (1997), Long Short-Term Memory, Neural Computation 9(8); {_CHRONO}",
         ),
         "qk-norm": RemedyText(
             reason="Queries and keys of unit size bound the logits, whatever the weights become.",

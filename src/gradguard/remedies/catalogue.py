@@ -88,6 +88,10 @@ def _chrono(target: Target) -> Applied:
     return chrono_initialize(target.model, steps, optimizer=target.optimizer)
 
 
+def _gated(operation: Callable[..., Applied], target: Target) -> Applied:
+    return _run_on_model(partial(operation, max_time=target.arguments.get("max_time")), target)
+
+
 def _optimizer(target: Target) -> Optimizer:
     if target.optimizer is None:
         raise ValueError("this remedy acts through the optimizer: pass optimizer=")
@@ -143,6 +147,8 @@ def _entries() -> dict[str, Remedy]:
     found["chrono-initialization"] = replace(found["chrono-initialization"], run=_chrono)  # it needs a length
     for name, (level, operation) in OPERATIONS.items():
         found[name] = Remedy(name=name, level=LEVELS[level], acts_on="model", run=partial(_run_on_model, operation))
+    for name in ("gated-cell", "lstm"):  # they want the same length
+        found[name] = replace(found[name], run=partial(_gated, OPERATIONS[name][1]))
     return found
 
 

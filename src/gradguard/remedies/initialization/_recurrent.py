@@ -20,7 +20,7 @@ from gradguard.remedies.initialization._targets import Generator, check_argument
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["chrono_initialize", "forget_gate_bias", "orthogonal_recurrent"]
+__all__ = ["check_time", "chrono_initialize", "forget_gate_bias", "orthogonal_recurrent"]
 
 _KINDS = (nn.LSTM, nn.LSTMCell, nn.GRU, nn.GRUCell, nn.RNN, nn.RNNCell)
 
@@ -132,8 +132,7 @@ def chrono_initialize(
     Source:
         Tallec and Ollivier (2018), "Can recurrent neural networks warp time?", ICLR, arXiv 1804.11188, section 2.
     """
-    if isinstance(max_time, bool) or not 3 <= max_time < math.inf:
-        raise ValueError(f"max_time must be at least 3 steps, got {max_time!r}")
+    check_time(max_time)
     draw = generator_of(generator)
 
     def change(cell: _Cell) -> str:
@@ -150,6 +149,16 @@ def chrono_initialize(
         return f"{cell.full_name('bias_hh')}: {kept.format(max_time - 1)}; {rest}"
 
     return _apply(model, "chrono-initialization", change, ("bias_ih", "bias_hh"), modules, optimizer)
+
+
+def check_time(max_time: int) -> None:
+    """Refuse a length for which ``ln U[1, max_time - 1]`` is no range.
+
+    Raises:
+        ValueError: If it is below 3 or not finite.
+    """
+    if isinstance(max_time, bool) or not 3 <= max_time < math.inf:
+        raise ValueError(f"max_time must be at least 3 steps, got {max_time!r}")
 
 
 def orthogonal_recurrent(

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from gradguard.errors import UnsupportedModelError
 from gradguard.monitors._describe import clean_name, describe
 from gradguard.remedies._applied import Applied
+from gradguard.remedies.initialization._recurrent import check_time, chrono_initialize
 from gradguard.remedies.surgery._ledger import Ledger
 from gradguard.remedies.surgery._operate import Edit, checked, operate
 from gradguard.remedies.surgery._survey import chosen
@@ -37,6 +38,7 @@ def swap_recurrent(  # all are keywords with defaults
     compute_loss: Callable[[Any, Any], Any] | None = None,
     modules: Iterable[str] | None = None,
     generator: int = 0,
+    max_time: int | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     dry_run: bool = False,
 ) -> Applied:
@@ -44,8 +46,9 @@ def swap_recurrent(  # all are keywords with defaults
 
     Sizes, layers, direction, dropout, bias and ``batch_first`` are kept. Weights are new: input and recurrent matrices
     are drawn uniformly within ``1 / sqrt(hidden_size)`` as torch does, all biases are 0, and the bias of what keeps the
-    state (the forget gate of an LSTM, the update gate of a GRU) is 1. The old weights are gone from the model, and from
-    ``names``. A GRU has an RNN's interface; of an LSTM the cell state is hidden, starts at 0 in each call and is not
+    state (the forget gate of an LSTM, the update gate of a GRU) is 1, or with ``max_time`` as
+    :func:`~gradguard.remedies.initialization.chrono_initialize` sets it: a bias of 1 forgets within ten steps. The old
+    weights are gone from the model, and from ``names``. A GRU has an RNN's interface; of an LSTM the cell state is hidden, starts at 0 in each call and is not
     carried from one call to the next, which matters for truncated backpropagation through time only. ``nn.RNNCell`` is
     replaced by ``nn.GRUCell``; for an LSTM it is left alone, since the user's loop would have to carry the cell state.
 
@@ -56,6 +59,7 @@ def swap_recurrent(  # all are keywords with defaults
         compute_loss: Where the batch holds more than the model's inputs: called as ``compute_loss(model, batch)``.
         modules: Names of the modules to replace; ``None`` for all.
         generator: Seed for the new weights; torch's own generator is not used.
+        max_time: Steps over which the task's dependencies reach, >= 3; ``None`` for a bias of 1 in every unit.
         optimizer: The optimizer or optimizers; the new weights take the places of the old ones.
         dry_run: Say what would be done and change nothing.
 
@@ -72,6 +76,8 @@ def swap_recurrent(  # all are keywords with defaults
     """
     if to not in get_args(CellKind):
         raise ValueError(f"to must be one of {', '.join(get_args(CellKind))}, got {to!r}")
+    if max_time is not None:
+        check_time(max_time)
     optimizers = checked(model, optimizer)
     named = chosen(model, modules)
     edits: list[Edit] = []
@@ -92,9 +98,10 @@ def swap_recurrent(  # all are keywords with defaults
             continue
         cell = "Cell" if isinstance(module, nn.RNNCell) else ""
         new = f"{to.upper()}{cell}"
-        words = f"{name}: {describe(module).kind} > {new}, new weights, bias 1 on the gate that keeps the state"
+        bias = "bias 1" if max_time is None else f"biases ln U[1, {max_time - 1}]"
+        words = f"{name}: {describe(module).kind} > {new}, new weights, {bias} on the gate that keeps the state"
         seed = generator + len(edits)
-        edits.append(Edit(words=words, make=partial(_put, module, to, seed)))
+        edits.append(Edit(words=words, make=partial(_put, module, to, seed, max_time)))
     return operate(
         "gated-cell" if to == "gru" else "lstm",
         model,
@@ -130,7 +137,7 @@ def _why_not(model: nn.Module, module: nn.Module, to: CellKind) -> str | None:
     return None
 
 
-def _put(module: nn.RNN | nn.RNNCell, to: CellKind, seed: int, kept: Ledger) -> nn.Module:
+def _put(module: nn.RNN | nn.RNNCell, to: CellKind, seed: int, max_time: int | None, kept: Ledger) -> nn.Module:
     own = next(module.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -147,6 +154,8 @@ def _put(module: nn.RNN | nn.RNNCell, to: CellKind, seed: int, kept: Ledger) -> 
                 bidirectional=module.bidirectional,
             )
     _open_gates(new)
+    if max_time is not None and module.bias:
+        chrono_initialize(new, max_time, generator=seed)
     new = new.to(device=own.device, dtype=own.dtype).train(module.training)
     kept.replace(module, new)
     kept.inherit(module, new)
