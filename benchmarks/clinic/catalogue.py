@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from benchmarks.clinic.case import Case, Half
 from benchmarks.clinic.cases import CASES
+from benchmarks.clinic.fresh import fresh_cases
 from benchmarks.clinic.workshop import workshop_cases
 
 __all__ = ["SPLIT_FILE", "cases", "find", "half_of", "split"]
@@ -55,12 +56,12 @@ def half_of(name: str) -> Half:
 
 
 def find(name: str) -> Case:
-    """Return a case of the clinic or of its workshop by name.
+    """Return a case of the clinic, of its workshop or of the fresh set by name.
 
     Raises:
         KeyError: If there is none.
     """
-    for case in (*CASES, *workshop_cases()):
+    for case in (*CASES, *workshop_cases(), *fresh_cases()):
         if case.name == name:
             return case
     raise KeyError(f"the clinic has no case {name!r}; python -m benchmarks.clinic --list names them all")
