@@ -100,7 +100,7 @@ def test_weights_that_double_between_two_looks_tell_of_the_rate(factor: float, f
     def grow(record: StepRecord) -> StepRecord:
         late = record.step > 2
         roles = np.array(record.layers.roles) == "activation"
-        values = {**record.parameter_values, "update_ratio": np.full(len(record.parameters), 0.02)}
+        values = {**record.parameter_values, "update_ratio": np.full(len(record.parameters), 0.005)}
         values["weight_norm"] = record.parameter_values["weight_norm"] * (factor if late else 1.0)
         inactive = np.where(roles, 1.0 if late else 0.1, NAN)
         layers = {**record.layer_values, "inactive_fraction": inactive}
@@ -157,6 +157,26 @@ def test_a_leap_out_of_a_loss_that_had_fallen_is_no_matter_of_the_rate() -> None
     assert find_learning_rate(history, CONFIG) == []
 
 
+def test_a_classifier_still_at_chance_after_a_hundred_steps_of_5_percent_has_too_high_a_rate() -> None:
+    """A one-cycle schedule up to 0.3 threw a net to the loss of guessing, and it never came back."""
+    finding = only(find_learning_rate(owned(run(), {"update_ratio": 0.05}), CONFIG))
+
+    assert (finding.code, finding.severity, finding.step) == ("GG501", Severity.WARNING, 0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "peak", "fires"), [(4.5, 16.0, True), (0.9, 16.0, False), (4.5, 3.0, False)], ids=str
+)
+def test_a_step_that_replaces_the_weights_and_throws_the_loss_is_told_at_once(
+    ratio: float, peak: float, fires: bool
+) -> None:
+    """NAdam at 0.5: weights four times their size away, the loss at 16, and no second look is needed."""
+    history = run(losses=[2.37, 2.8, peak], steps=(0, 1, 2))
+    history = owned(history, {"update_ratio": 0.05})
+
+    assert bool(find_learning_rate(owned(history, {"update_ratio": ratio}, at=lambda s: s == 0), CONFIG)) is fires
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -166,11 +186,23 @@ def test_a_leap_out_of_a_loss_that_had_fallen_is_no_matter_of_the_rate() -> None
         lambda: owned(run(), {"update_ratio": {1: 5.0, 3: 5.0, 5: 5.0, 7: 5.0, 9: 5.0, 11: 5.0}}),
         lambda: owned(run(), {"update_ratio": {0: 1e10, 2: 3.8}}),
         lambda: owned(owned(run(), {"weight_norm": 0.0}, at=lambda step: step == 0), {"update_ratio": 1e10}),
-        lambda: owned(run(), {"update_ratio": 0.05}),
+        lambda: owned(run(), {"update_ratio": 0.005}),
+        lambda: owned(run(classes=0), {"update_ratio": 0.05}),
         lambda: owned(run(), {"update_ratio": 0.5, "trainable": 0.0}),
         lambda: owned(run(steps=(0,), preflight=True), {"update_ratio": 0.5}),
     ],
-    ids=["loss falls", "flicker", "no losses", "biases", "two tables", "began at zero", "below", "frozen", "check"],
+    ids=[
+        "loss falls",
+        "flicker",
+        "no losses",
+        "biases",
+        "two tables",
+        "began at zero",
+        "below",
+        "no classifier",
+        "frozen",
+        "check",
+    ],
 )
 def test_large_ratios_that_are_no_illness(build: Callable[[], History]) -> None:
     """Sparse embeddings, zero-initialized tables, biases: a ratio alone says nothing."""

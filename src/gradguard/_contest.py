@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -42,6 +42,9 @@ _LATE = 20
 
 _OF_RUNS = frozenset({"GG103", "GG402", "GG501", "GG502", "GG504", "GG505", "GG702", "GG703"})
 """Illnesses that only a run shows: what it has shown outweighs the few steps in which a copy does well."""
+
+_ENOUGH = 2
+"""Promising candidates below which reserves enter. Ours: with more of them a short trial only costs more."""
 
 _RETRIES = 2
 """Times that a rate is lowered by half a decade where it diverges after the search. Ours."""
@@ -84,6 +87,7 @@ class Contest:
         self._progress = progress
         self._control: list[Lane] = []
         self._entrants: list[Entrant] = []
+        self._reserves: Sequence[Entrant] = ()
         self._mender: Entrant | None = None
         self._length = plan.length
         self.shown = True
@@ -95,9 +99,14 @@ class Contest:
         """Optimizer steps taken on copies so far."""
         return self._race.steps_taken
 
-    def run(self, entrants: list[Entrant]) -> None:
-        """Run the race to its end, the deadline or an interrupt; what is known by then is kept."""
-        self._entrants = entrants
+    def run(self, entrants: Sequence[Entrant], reserves: Sequence[Entrant] = ()) -> None:
+        """Run the race to its end, the deadline or an interrupt; what is known by then is kept.
+
+        Args:
+            entrants: Candidates, in the order of the prescriptions.
+            reserves: Who enters where fewer than two of those can be applied and mend what a check sees.
+        """
+        self._entrants, self._reserves = list(entrants), reserves
         check_memory(self._model, copies=len(entrants) + 1 + (len(EASED) if self._plan.easing else 0))
         try:
             self._run()
@@ -289,19 +298,24 @@ class Contest:
         entrant.lanes = [self._treated(entrant)]
 
     def _screen(self) -> None:
-        """Drop cures that leave before the first step what a check sees in the untreated model."""
-        if self._illness not in _SCREENED or self._illness not in self._health.at_first():
-            return
-        hopeless = [
-            entrant
-            for entrant in self._running()
-            if entrant.remedy.acts_on == "model" and self._illness in self._health.after(entrant.lanes[0])
-        ]
-        if len(hopeless) == len(self._running()):
-            return
-        for entrant in hopeless:
-            entrant.screened = True
-            self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness}")
+        """Drop cures that leave before the first step what a check sees in the untreated model; let reserves enter."""
+        promising = [entrant for entrant in self._running() if not self._is_hopeless(entrant)]
+        for entrant in self._reserves:
+            if len(promising) >= _ENOUGH:
+                break
+            self._enter(entrant)
+            if entrant.lanes and not self._is_hopeless(entrant):
+                self._entrants.append(entrant)
+                promising.append(entrant)
+        for entrant in self._running() if promising else ():
+            if self._is_hopeless(entrant):
+                entrant.screened = True
+                self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness}")
+
+    def _is_hopeless(self, entrant: Entrant) -> bool:
+        if self._illness not in _SCREENED or entrant.remedy.acts_on != "model":
+            return False
+        return self._illness in self._health.at_first() and self._illness in self._health.after(entrant.lanes[0])
 
     def _repeat(self, seed: int) -> None:
         """Run the untreated copy and the finalists again under another seed."""

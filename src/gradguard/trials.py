@@ -20,7 +20,7 @@ from gradguard.findings import Diagnosis, Finding, Prescription, Severity
 from gradguard.monitors._trees import floating_tensors
 from gradguard.outcomes import TrialResult, TrialRun
 from gradguard.preflight import check
-from gradguard.prescriptions import plain_prescription
+from gradguard.prescriptions import plain_prescription, reserves_for
 from gradguard.remedies import catalogue
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ __all__ = ["trial"]
 
 _MOST_BATCHES = 80
 """Batches kept at most: as many as the longest trial has steps."""
+
+_OF_LAYERS = frozenset({"GG101", "GG102", "GG301", "GG302", "GG403"})
+"""Illnesses of layers that raw features make as well: they drive the first activations to their ends. Ours."""
 
 _OF_TRAINING = frozenset({"GG202", "GG203", "GG204", "GG301", "GG302", "GG501", "GG505"})
 """Illnesses seen in training that weights may have had in them from the start: a net whose first weights are three
@@ -127,6 +130,7 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         control = TrialRun(remedy="", loss=math.nan, steps=0, seeds=0, outcome="untreated")
         return TrialResult(best=None, ranking=(), control=control, runs=impossible, diagnosis=diagnosis, note=note)
     illness = next(iter(_illnesses(diagnosis)), None)
+    reserves = () if candidates is not None or illness is None else _reserves(illness, diagnosis, entrants)
     contest = Contest(
         model,
         Race(kept, compute_loss, base_seed=seed),
@@ -136,7 +140,7 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         deadline=math.inf if seconds is None else started + seconds,
         progress=progress,
     )
-    contest.run(entrants)
+    contest.run(entrants, reserves)
     judgement = contest.judgement
     ranking, best = judgement.ranking(), judgement.best()
     return TrialResult(
@@ -216,9 +220,12 @@ def _prescribed(diagnosis: Diagnosis, batch: Any, look: Callable[[], tuple[Findi
     """
     illnesses = _illnesses(diagnosis)
     cures = [cure for finding in illnesses for cure in finding.prescriptions]
-    if any(finding.code in _OF_TRAINING and "climbed_lr" not in finding.evidence for finding in illnesses):
-        if any(float(data.abs().max()) > FAR_INPUT for data in floating_tensors(batch) if data.numel()):
-            cures.append(plain_prescription("standardize-input"))
+    of_training = [f for f in illnesses if f.code in _OF_TRAINING and "climbed_lr" not in f.evidence]
+    if (of_training or any(finding.code in _OF_LAYERS for finding in illnesses)) and any(
+        float(data.abs().max()) > FAR_INPUT for data in floating_tensors(batch) if data.numel()
+    ):
+        cures.append(plain_prescription("standardize-input"))
+    if of_training:
         remarks = [*diagnosis.findings, *look()]
         known = {cure.remedy for cure in cures}
         free = _MOST_CANDIDATES - sum(catalogue.find(name) is not None for name in known)
@@ -228,6 +235,14 @@ def _prescribed(diagnosis: Diagnosis, batch: Any, look: Callable[[], tuple[Findi
                 known.add(cure.remedy)
                 free -= 1
     return cures
+
+
+def _reserves(illness: Finding, diagnosis: Diagnosis, entrants: Sequence[Entrant]) -> Sequence[Entrant]:
+    """Return cures of layers in general that are not among the prescribed ones, for an illness of layers."""
+    if illness.code not in _OF_LAYERS:
+        return ()
+    known = {entrant.prescription.remedy for entrant in entrants}
+    return _entrants([cure for cure in reserves_for(illness, diagnosis.layers) if cure.remedy not in known])[0]
 
 
 def _entrants(given: Sequence[Prescription]) -> tuple[list[Entrant], tuple[TrialRun, ...]]:

@@ -47,6 +47,13 @@ _DOUBLED = 2.0
 """Growth of a weight's norm that makes its rate too high by itself. Ours: a ratio of update to weight of 0.1 needs
 seven steps in one direction for it."""
 
+_REPLACED = 1.0
+"""Ratio of update to weight from which nothing is left of the weights that were there. Ours: such a step throws every
+matrix away; where the loss then leaps as well, what follows is a net that begins anew at the wrong scale."""
+
+_LEAPT = 2.0
+"""Times its first value that a loss must have reached after such a step. Ours."""
+
 _FEW_STEPS = 5
 """Steps within which it must have grown so. Ours: the gaps of the dense start."""
 
@@ -59,8 +66,9 @@ def find_learning_rate(history: History, config: GuardConfig) -> Sequence[Findin
 
     Too high: the median ratio over matrices stays above ``update_ratio_high`` for ``update_patience`` consecutive
     observations *and* the loss is known not to fall, or erupted and never got below where it began; one observation is
-    enough where numbers then cease to be finite. It stands until the loss falls, as the ratio drops by itself once the
-    weights have grown.
+    enough where numbers then cease to be finite, and within the first steps where a step replaces the weights and
+    doubles the loss. Of a classifier that is still at chance after 100 steps a tenth of the ratio is too much. It
+    stands until the loss falls, as the ratio drops by itself once the weights have grown.
 
     Too low: three quarters of the matrices stay below ``update_ratio_low`` for ``update_patience`` consecutive
     observations up to the last, the loss is flat, and neither warm-up, nor the end of a schedule, nor convergence
@@ -92,18 +100,20 @@ def _too_high(history: History, config: GuardConfig) -> Finding | None:
     if at is not None and judge_losses(losses[:at], classes=history.info.classes).trend is Trend.FALLEN:
         return None  # it learnt at this rate until one bad batch came: GG103
     blown = bool(losses.size and not np.isfinite(losses[-1])) or not np.isfinite(_last_weights(history)).all()
-    if blown and loss_growth(losses) > BLOW_UP:
+    if (blown and loss_growth(losses) > BLOW_UP) or (loss.stuck and still_at_chance(history)):
         limit *= _BLOWN_SHARE
-    at_once = blown or (loss.stuck and _units_lost(history, config))
+    thrown = _thrown(history, medians, losses)
+    at_once = blown or thrown or (loss.stuck and _units_lost(history, config))
     above = medians > limit
     if at_once:
         above |= _weights_grow(history) & known
     episode = last_episode(above, known=known, patience=1 if at_once else config.update_patience)
-    if episode is None or not (loss.stuck or blown or (loss.erupted and loss.trend is not Trend.FALLEN)):
+    erupted = (loss.erupted or thrown) and loss.trend is not Trend.FALLEN
+    if episode is None or not (loss.stuck or blown or erupted):
         return None
     steps = history.steps.astype(np.int64)
     ratio = float(np.nanmax(medians[: episode.last + 1]))
-    rose = blown or loss.erupted or loss.trend is Trend.RISEN
+    rose = blown or erupted or loss.erupted or loss.trend is Trend.RISEN
     outcome = "the numbers ceased to be finite" if blown else ("the loss rose" if rose else "the loss does not fall")
     return make_finding(
         "GG501",
@@ -118,6 +128,14 @@ def _too_high(history: History, config: GuardConfig) -> Finding | None:
         else min(0.85, 0.5 + 0.1 * min(episode.count, 3)),
         evidence=_evidence(history, episode, ratio, loss, note=f"above {limit:g}"),
     )
+
+
+def _thrown(history: History, medians: FloatArray, losses: FloatArray) -> bool:
+    """Whether one of the first steps replaced the weights, and the loss leapt with it."""
+    early = losses[: _FEW_STEPS + 1]
+    early = early[np.isfinite(early)]
+    replaced = (medians > _REPLACED) & (history.steps <= _FEW_STEPS)
+    return bool(replaced.any() and early.size and early.max() > _LEAPT * abs(float(early[0])))
 
 
 def _weights_grow(history: History) -> BoolArray:

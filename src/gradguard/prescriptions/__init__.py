@@ -14,11 +14,18 @@ from difflib import get_close_matches
 from typing import Any
 
 from gradguard.findings import Diagnosis, Finding, LayerProfile, Prescription, Severity
-from gradguard.prescriptions._choice import CURES
+from gradguard.prescriptions._choice import CURES, RESERVES
 from gradguard.prescriptions._suited import activation_of, suited
 from gradguard.prescriptions._texts import REMEDIES
 
-__all__ = ["plain_prescription", "prescribe", "prescriptions_for", "with_factor", "with_lower_rate"]
+__all__ = [
+    "plain_prescription",
+    "prescribe",
+    "prescriptions_for",
+    "reserves_for",
+    "with_factor",
+    "with_lower_rate",
+]
 
 _RATE_FACTORS = (1e-4, 0.5, 2.0, 1e4)
 """Smallest and largest factor by which to lower, and to raise, a learning rate at once. Ours."""
@@ -47,6 +54,16 @@ def prescriptions_for(finding: Finding, layers: Sequence[LayerProfile] = ()) -> 
         return ()
     names = CURES.get((finding.code, finding.cause), CURES.get((finding.code, None), ()))
     return tuple(_fill(name, finding) for name in suited(names, finding, layers))
+
+
+def reserves_for(finding: Finding, layers: Sequence[LayerProfile] = ()) -> tuple[Prescription, ...]:
+    """Return cures of layers in general that suit the model, the least invasive first.
+
+    Args:
+        finding: What they are for.
+        layers: The model's layers; may be empty where unknown.
+    """
+    return tuple(_fill(name, finding) for name in suited(RESERVES, finding, layers))
 
 
 def plain_prescription(name: str) -> Prescription:

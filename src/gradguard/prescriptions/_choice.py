@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from gradguard.findings import Cause
 
-__all__ = ["CURES"]
+__all__ = ["CURES", "RESERVES"]
 
 _DEPTH_DEFAULT = ("he-initialization", "layer-norm", "residual")
 _RATE = ("lower-learning-rate", "warm-up", "clip-norm")
@@ -87,3 +87,7 @@ layers and cells is put in their place by :mod:`gradguard.prescriptions._suited`
 Source: order by the measurements of algorithms.md, sections D, E and K (BatchNorm repairs a 20-layer sigmoid net, no
 initialization does; a plain RNN with orthogonal weights learns what a GRU does not); among equals the least invasive
 first. What treats the effect, such as clipping against a wrong initialization, comes last."""
+
+RESERVES = ("lsuv", "he-initialization", "layer-norm", "batch-norm", "residual", "residual-batch-norm", "relu")
+"""Cures of layers in general, for models to which the prescribed ones cannot be applied (activations called as
+functions, gates in place of activations), or which they leave as they are. Ours."""

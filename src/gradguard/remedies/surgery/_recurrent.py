@@ -30,7 +30,7 @@ CellKind = Literal["lstm", "gru"]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def swap_recurrent(  # all are keywords with defaults
+def swap_recurrent(  # noqa: PLR0913  # all are keywords with defaults
     model: nn.Module,
     to: CellKind = "gru",
     *,
@@ -46,11 +46,12 @@ def swap_recurrent(  # all are keywords with defaults
 
     Sizes, layers, direction, dropout, bias and ``batch_first`` are kept. Weights are new: input and recurrent matrices
     are drawn uniformly within ``1 / sqrt(hidden_size)`` as torch does, all biases are 0, and the bias of what keeps the
-    state (the forget gate of an LSTM, the update gate of a GRU) is 1, or with ``max_time`` as
-    :func:`~gradguard.remedies.initialization.chrono_initialize` sets it: a bias of 1 forgets within ten steps. The old
-    weights are gone from the model, and from ``names``. A GRU has an RNN's interface; of an LSTM the cell state is hidden, starts at 0 in each call and is not
-    carried from one call to the next, which matters for truncated backpropagation through time only. ``nn.RNNCell`` is
-    replaced by ``nn.GRUCell``; for an LSTM it is left alone, since the user's loop would have to carry the cell state.
+    state (the forget gate of an LSTM, the update gate of a GRU) is 1, which forgets within ten steps, or with
+    ``max_time`` what :func:`~gradguard.remedies.initialization.chrono_initialize` makes it. The old weights are gone
+    from the model, and from ``names``. A GRU has an RNN's interface; of an LSTM the cell state is hidden, starts at 0
+    in each call and is not carried from one call to the next, which matters for truncated backpropagation through time
+    only. ``nn.RNNCell`` is replaced by ``nn.GRUCell``; for an LSTM it is left alone, since the user's loop would have
+    to carry the cell state.
 
     Args:
         model: The model, changed in place.
