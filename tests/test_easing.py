@@ -14,7 +14,7 @@ import gradguard
 from gradguard._easing import does_better
 from gradguard._plan import LOOK, SHARE, make_plan
 from gradguard._race import Batches, Lane, Race
-from gradguard.prescriptions import plain_prescription, with_lower_rate
+from gradguard.prescriptions import plain_prescription, with_rate
 from tests.models import classification_loss
 from tests.test_trials import adam, batches, net, sgd
 
@@ -155,7 +155,7 @@ def test_where_the_cure_fails_the_rate_stays_as_it_is() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     optimizer = adam(model)
     before = copy.deepcopy(optimizer.state_dict())
-    cure = with_lower_rate(plain_prescription("chrono-initialization"), 0.1)
+    cure = with_rate(plain_prescription("chrono-initialization"), 0.1)
 
     with pytest.raises(gradguard.UnsupportedModelError):
         gradguard.apply(cure, model, optimizer=optimizer)
@@ -167,7 +167,7 @@ def test_where_the_cure_fails_the_rate_stays_as_it_is() -> None:
 def test_a_rate_that_was_searched_gets_another_factor() -> None:
     """There is one rate to set, not two."""
     cure = plain_prescription("lower-learning-rate")
-    eased = with_lower_rate(replace(cure, arguments={"factor": 0.01}), 0.1)
+    eased = with_rate(replace(cure, arguments={"factor": 0.01}), 0.1)
 
     assert dict(eased.arguments) == {"factor": 0.001}
     assert "0.001" in eased.code

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gradguard._copies import Copies
-from gradguard._easing import EASED, OVERSHOOTS, does_better, halved
+from gradguard._easing import EASED, OVERSHOOTS, UNDERSHOOTS, does_better, halved
 from gradguard._entrant import Entrant, projected
 from gradguard._health import FAILURES, Health
 from gradguard._judgement import NOTICEABLE, Judgement, guesses
 from gradguard._plan import LOOK, Plan
 from gradguard._race import Lane, Race, check_memory
 from gradguard._rates import HALF_A_DECADE, search_rate
-from gradguard.findings import Finding
-from gradguard.prescriptions import with_factor, with_lower_rate
+from gradguard.findings import Finding, Prescription
+from gradguard.prescriptions import with_factor, with_rate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from gradguard.remedies.catalogue import Remedy
 
 __all__ = ["Contest"]
 
@@ -45,6 +47,9 @@ _OF_RUNS = frozenset({"GG103", "GG402", "GG501", "GG502", "GG504", "GG505", "GG7
 
 _ENOUGH = 2
 """Promising candidates below which reserves enter. Ours: with more of them a short trial only costs more."""
+
+_SLOW = 40
+"""Steps up to which a race goes on where the untreated copy learns, and neither loss nor check tells cures. Ours."""
 
 _RETRIES = 2
 """Times that a rate is lowered by half a decade where it diverges after the search. Ours."""
@@ -127,8 +132,9 @@ class Contest:
             self._race_to(rung)
             self._thin(rung, keep)
         self._call_back()
+        self._slow_down()
         self._run_on()
-        self._ease()
+        self._tune_rate()
         for seed in range(1, self._plan.seeds):
             self._repeat(seed)
         self._look_at_health()
@@ -147,6 +153,15 @@ class Contest:
                 entrant.outcome = entrant.out = ""
         self._race_to(self._length)
 
+    def _slow_down(self) -> None:
+        """Where nobody helps, let cures that diverged try again at a tenth of the rate."""
+        if not self.shown or self.judgement.somebody_helps():
+            return
+        for entrant in [item for item in self._entrants if item.outcome == "diverged" and not item.remedy.searched]:
+            slower = self._at_rate(entrant.prescription, EASED[-1], entrant.remedy)
+            if not slower.lanes[0].fault:
+                self._replace(entrant, slower)
+
     def _run_on(self) -> None:
         """Where no loss tells a cure from nothing, take those that were dropped for it back in, and run for longer.
 
@@ -157,7 +172,9 @@ class Contest:
             return
         for rung, keep in self._plan.overtime:
             lost = bool(self._control[0].fault) and math.isnan(self._race.chance)
-            if not self.shown or lost or self._learns() or self.judgement.somebody_helps():
+            if not self.shown or lost or self.judgement.somebody_helps():
+                return
+            if self._learns() and (rung > _SLOW or self._first_that_mends() is not None):
                 return
             if rung == self._plan.overtime[0][0]:
                 for entrant in self._entrants:
@@ -169,18 +186,28 @@ class Contest:
             if keep:
                 self._cut(rung, keep)
 
-    def _ease(self) -> None:
-        """Where the steps of who leads overshoot, try the same cure at lower rates, for longer.
+    def _tune_rate(self) -> None:
+        """Try who leads at other rates: at lower ones where its steps overshoot, at higher ones where they are short.
 
         A cure may let a run learn at a rate that is too high for it all the same: in the first steps its loss falls
         as fast as at any other, and later no further.
         """
         leader, late = self.judgement.leader, self._length > max(self._plan.length, self._plan.easing)
-        if leader is None or late or not self._plan.easing or halved(leader.lanes[0], self._control[0]):
+        if leader is None or not self._plan.easing:
             return
-        if not self._overshoots(leader.lanes[0]):
-            return
-        after, self._length = self._length, max(self._plan.easing, self._length + LOOK)
+        lane = leader.lanes[0]
+        if lane.gain > UNDERSHOOTS:
+            self._raise(leader)
+        elif lane.gain < OVERSHOOTS and not late and not halved(lane, self._control[0]):
+            self._ease(leader)
+
+    def _raise(self, leader: Entrant) -> None:
+        raised = self._at_rate(leader.prescription, HALF_A_DECADE, leader.remedy)
+        if raised.lanes[0].gain >= OVERSHOOTS and does_better(raised.lanes[0], leader.lanes[0], share=NOTICEABLE):
+            self._replace(leader, raised)
+
+    def _ease(self, leader: Entrant) -> None:
+        after, self._length = self._length, max(self._plan.easing, self._length)
         self._advance(self._control[0], self._length)
         self._advance(leader.lanes[0], self._length)
         for entrant in self._running():
@@ -189,30 +216,29 @@ class Contest:
         self._race_to(self._length)
         cure = leader.prescription
         for factor in EASED:
-            eased = Entrant(prescription=with_lower_rate(cure, factor), remedy=leader.remedy)
-            eased.lanes = [self._treated(eased)]
-            self._advance(eased.lanes[0], self._length)
-            place = self._entrants.index(leader)
-            if does_better(eased.lanes[0], leader.lanes[0]):
-                self._entrants[place] = leader = eased
+            eased = self._at_rate(cure, factor, leader.remedy)
+            if does_better(eased.lanes[0], leader.lanes[0], share=2.0 * NOTICEABLE):
+                self._replace(leader, eased)
+                leader = eased
 
-    def _overshoots(self, lane: Lane) -> bool:
-        """Whether some further steps of a copy gain little of what its gradient promises; else they are forgotten."""
-        lane.gains = []
-        self._advance(lane, self._length + LOOK)
-        gains, lane.gains = lane.gains, None
-        if lane.fault or statistics.median(gains) < OVERSHOOTS:
-            return True
-        del lane.losses[self._length :]
-        return False
+    def _at_rate(self, cure: Prescription, factor: float, remedy: Remedy) -> Entrant:
+        """Return a cure at another rate, trained for as long as the others."""
+        entrant = Entrant(prescription=with_rate(cure, factor), remedy=remedy)
+        entrant.lanes = [self._treated(entrant)]
+        self._advance_measured(entrant.lanes[0], self._length)
+        return entrant
+
+    def _replace(self, old: Entrant, new: Entrant) -> None:
+        self._entrants[self._entrants.index(old)] = new
 
     def _race_to(self, rung: int) -> None:
+        advance = self._advance_measured if rung == self._length and self._plan.easing else self._advance
         for entrant in self._running():
-            self._advance(entrant.lanes[0], rung)
+            advance(entrant.lanes[0], rung)
             for _ in range(_RETRIES):
                 if entrant.lanes[0].fault and entrant.remedy.searched:
                     self._lower_rate(entrant)
-                    self._advance(entrant.lanes[0], rung)
+                    advance(entrant.lanes[0], rung)
             if entrant.lanes[0].fault:
                 self._drop(entrant, "diverged", entrant.lanes[0].fault)
 
@@ -262,6 +288,15 @@ class Contest:
             if time.perf_counter() > self._deadline:
                 raise _Stop
             self._race.advance(lane, min(until, len(lane.losses) + 4))
+
+    def _advance_measured(self, lane: Lane, until: int) -> None:
+        """Train a copy up to a step; over the last few it is measured what they gain of what they promise."""
+        if len(lane.losses) >= until:
+            return
+        self._advance(lane, until - LOOK)
+        lane.gains = []
+        self._advance(lane, until)
+        lane.end_measuring()
 
     def _treated(self, entrant: Entrant, seed: int = 0) -> Lane:
         return self._copies.treated(entrant.prescription, entrant.remedy, seed)

@@ -97,13 +97,14 @@ class Judgement:
         """Return the mean result of the untreated copies, NaN where there is none."""
         return sum(lane.result for lane in self._control) / len(self._control) if self._control else math.nan
 
-    def _start(self, best: float) -> float:
+    def _start(self, best: Entrant) -> float:
         """Return from where gains are counted: what the untreated copy reached, or began with where it rose.
 
-        Against a copy that has diverged all cures gain the same, and the first one would do as well as the best.
+        Against a copy that has diverged all cures gain the same, and the first one would do as well as the best; so
+        they do against one that began in the thousands. Where the best one began itself is far enough.
         """
-        losses = [self.control_loss(), *(lane.losses[0] for lane in self._control if lane.losses)]
-        return min((loss for loss in losses if math.isfinite(loss)), default=best)
+        first = [lane.losses[0] for lane in (*self._control, *best.lanes) if lane.losses]
+        return min((loss for loss in (self.control_loss(), *first) if math.isfinite(loss)), default=best.result)
 
     def _ranked(self) -> tuple[Entrant | None, list[Entrant]]:
         """Return the winner, if there is one, and all who ran to the end: the winner first, then by result."""
@@ -113,7 +114,7 @@ class Judgement:
             first = [] if self._mender is None else [self._mender]
             return self._mender, [*first, *(entrant for entrant in finished if entrant is not self._mender)]
         best = self._levelled(helping[0].result)
-        most = max(0.0, self._start(best) - best)
+        most = max(0.0, self._start(helping[0]) - best)
         near = [entrant for entrant in helping if self._levelled(entrant.result) <= best + (1.0 - _NEAR_BEST) * most]
         winner = min(near, key=lambda entrant: (entrant.remedy.level, entrant.result))
         return winner, [winner, *(entrant for entrant in finished if entrant is not winner)]

@@ -107,6 +107,7 @@ class Lane:
         ratios: Median ratio of update to weight over matrices, of each step; ``None`` where it is not measured.
         gains: What each step gained on its own batch as a share of what the gradient promised, 1 for steps that are
             small enough and below 0 where the loss rose; ``None`` where it is not measured.
+        gain: Median of those measured last, NaN for none.
         devices: CUDA devices of the copy, whose generators a step moves.
     """
 
@@ -119,10 +120,16 @@ class Lane:
     found: tuple[int, dict[str, float]] | None = None
     ratios: list[float] | None = None
     gains: list[float] | None = None
+    gain: float = math.nan
     devices: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.devices = cuda_devices(self.model)
+
+    def end_measuring(self) -> None:
+        """Keep the median of the gains measured, and measure no more."""
+        known = [gain for gain in self.gains or () if not math.isnan(gain)]
+        self.gain, self.gains = float(np.median(known)) if known else math.nan, None
 
     def halves(self, until: int) -> tuple[float, float]:
         """Return the median loss of the first and of the second half of the steps up to one, NaN for none."""
@@ -273,6 +280,8 @@ def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[flo
         differences.extend(other - own for other, own in zip(others, mine, strict=False))
     if not differences:
         return -math.inf, 0.0
+    if not np.isfinite(differences).all():
+        return float(np.median(differences)), 0.0
     return median_with_error(np.array(differences))
 
 

@@ -24,7 +24,7 @@ __all__ = [
     "prescriptions_for",
     "reserves_for",
     "with_factor",
-    "with_lower_rate",
+    "with_rate",
 ]
 
 _RATE_FACTORS = (1e-4, 0.5, 2.0, 1e4)
@@ -95,22 +95,23 @@ def with_factor(prescription: Prescription, factor: float) -> Prescription:
     return replace(prescription, arguments={**prescription.arguments, "factor": factor}, code=code)
 
 
-def with_lower_rate(prescription: Prescription, factor: float) -> Prescription:
-    """Return a prescription together with a lower learning rate: in its arguments, in its reason and in its code.
+def with_rate(prescription: Prescription, factor: float) -> Prescription:
+    """Return a prescription together with another learning rate: in its arguments, in its reason and in its code.
 
     Args:
         prescription: Of anything; one of a learning rate gets another factor.
-        factor: Between 0 and 1.
+        factor: Above 0.
     """
     if "factor" in prescription.arguments:
         return with_factor(prescription, factor * float(prescription.arguments["factor"]))
     factor = _rounded(factor, 2)
-    lower = REMEDIES["lower-learning-rate"].code.format(factor=f"{factor:.2g}")
+    why = "overshoot" if factor < 1.0 else "are far too short"
+    change = REMEDIES["lower-learning-rate"].code.format(factor=f"{factor:.2g}")
     return replace(
         prescription,
         arguments={**prescription.arguments, "lr_factor": factor},
-        reason=f"{prescription.reason} At {factor:.2g} times the learning rate: at the run's own its steps overshoot.",
-        code=f"{prescription.code}\n{lower}",
+        reason=f"{prescription.reason} At {factor:.2g} times the learning rate: at the run's own its steps {why}.",
+        code=f"{prescription.code}\n{change}",
     )
 
 

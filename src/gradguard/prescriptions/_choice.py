@@ -35,7 +35,7 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG202", Cause.WEIGHT_SCALE): ("he-initialization", "layer-norm", "lower-learning-rate"),
         ("GG202", Cause.LEARNING_RATE): _RATE,
         ("GG202", Cause.DATA): ("input-check", "robust-scaling", "safe-op"),
-        ("GG202", None): ("safe-op", "logits-loss"),
+        ("GG202", None): ("safe-op", "logits-loss", "layer-norm", "relu", "lower-learning-rate"),
         ("GG203", Cause.LOSS): ("logits-loss", "safe-op", "anomaly-mode"),
         ("GG203", Cause.LEARNING_RATE): _RATE,
         ("GG203", Cause.PRECISION): ("loss-scaler", "bfloat16", "anomaly-mode"),

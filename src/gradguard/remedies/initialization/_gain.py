@@ -74,9 +74,11 @@ def _log_product(known: theory.Activation, gain: float, steps: int, start: float
         factor = theory.chi(known, sigma_w=gain, q=variance)
         if factor <= 0.0:
             return -math.inf
+        if not math.isfinite(factor):
+            return math.inf
         total += math.log(factor)
         variance = theory.length_map(known, variance, sigma_w=gain)
-        if variance > _OUT_OF_RANGE:
+        if not variance <= _OUT_OF_RANGE:  # nor NaN, as of exp(x)
             return math.inf
         if variance < 1.0 / _OUT_OF_RANGE:
             return -math.inf

@@ -1,16 +1,20 @@
 """The operations of one forward pass and how they hang together.
 
-A torch function mode sees every operation, those of ``torch.nn.functional`` as well as those of modules, so no hook is
-set and an activation counts however it is written. Layers are known by the tensor that they use as their weight.
+A torch function mode sees every operation, those of ``torch.nn.functional`` as well as those of modules, so an
+activation counts however it is written; hooks are set on modules that are activations of their author's own, and on no
+other. Layers are known by the tensor that they use as their weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -20,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gradguard import theory
 from gradguard._untouched import untouched
 from gradguard.monitors._trees import floating_tensors
+from gradguard.remedies.initialization._custom import custom_activations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +35,7 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "celu": ("alpha",),
         "elu": ("alpha",),
+        "exp": (),
         "gelu": ("approximate",),
         "hardshrink": ("lambd",),
         "hardsigmoid": (),
@@ -56,6 +62,7 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Functions that are activations, with the arguments behind the input that shape them, in torch's order."""
 
+_EXP = theory.Activation(name="exp", function=np.exp, derivative=np.exp, derivative_bound=math.inf)
 _NORMS = frozenset({"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm", "local_response_norm"})
 _SHAPES = frozenset(
     {
@@ -252,6 +259,19 @@ class _Recorder(TorchFunctionMode):
         for tensor in made:
             self._made[tensor] = op.index
 
+    def enclose(self, first: int, output: Any, activation: theory.Activation) -> None:
+        """Let the operations since one count as a single activation: those of a module that its author wrote.
+
+        Args:
+            first: Index of the first of them.
+            output: What the module gave.
+            activation: What it computes.
+        """
+        end = self._made.get(output) if isinstance(output, torch.Tensor) else None
+        for index in range(first, len(self.trace.ops)):
+            kind, known = ("activation", activation) if index == end else ("shape", None)
+            self.trace.ops[index] = replace(self.trace.ops[index], kind=kind, activation=known)
+
     def _operands(self, args: tuple[Any, ...]) -> tuple[int, ...]:
         """Return the operations behind two tensors that are added or multiplied, none if one of them is a constant."""
         pair = [self._made[v] for v in args[:2] if isinstance(v, torch.Tensor) and v in self._made]
@@ -293,6 +313,8 @@ def _activation(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         return None
     named = {**dict(zip(_ACTIVATIONS[name], args[1:], strict=False)), **kwargs}
     values = {key: named[key] for key in _ACTIVATIONS[name] if key in named}
+    if name == "exp":
+        return _EXP
     if "weight" in values:
         values["weight"] = values["weight"].detach()
     try:
@@ -342,9 +364,29 @@ def trace(
             output.
         seed: Of torch's generators during the pass, so that dropout is the same each time.
     """
+    own = custom_activations(model)
     with untouched(model), torch.no_grad(), parametrize.cached():
         torch.manual_seed(seed)
         recorder = _Recorder(model, batch, on_layer)
-        with recorder:
+        with _enclosed(recorder, own), recorder:
             call(model, batch, compute_loss)
     return recorder.trace
+
+
+@contextlib.contextmanager
+def _enclosed(recorder: _Recorder, own: Mapping[nn.Module, theory.Activation]) -> Iterator[None]:
+    """Let what runs in activations of the author's own count as one operation each."""
+    starts: list[int] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        starts.append(len(recorder.trace.ops))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        recorder.enclose(starts.pop(), output, own[module])
+
+    handles = [handle for m in own for handle in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

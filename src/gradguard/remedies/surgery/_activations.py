@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 from torch import nn
 
 from gradguard.monitors._describe import clean_name, describe
@@ -39,6 +41,12 @@ _NEW: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
 _SATURATING = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh, nn.Softsign, nn.LogSigmoid)
 DYING = (nn.ReLU, nn.ReLU6, nn.Threshold)
 """Activations that can be zero for every example, with a gradient of zero."""
+_END = 10.0
+"""Where an activation is at its end. Ours: the derivative of a sigmoid is 5e-5 there, that of softsign 8e-3."""
+
+_FLAT = 0.05
+"""Share of its derivative near 0 below which an activation is flat. Ours: the same figures."""
+
 _SATURATING_FUNCTIONS = frozenset(
     {"sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign", "logsigmoid", "log_sigmoid"}
 )
@@ -58,6 +66,9 @@ def replace_activations(  # noqa: PLR0913  # all are keywords with defaults
     dry_run: bool = False,
 ) -> Applied:
     """Replace hidden activations that saturate (sigmoid, tanh, ...) or, unless by ReLU itself, die (ReLU), in place.
+
+    So are modules of the author's own that work on each entry by itself and are flat at both ends or, as ``exp(x)``,
+    grow without bound.
 
     Activations at the output and gates, whose result multiplies something else, stay what they are, unless they are
     named. So do activations that code calls as functions (``torch.sigmoid(x)``): they cannot be rewritten, and
@@ -126,9 +137,9 @@ def _plan(
         name = clean_name(raw)
         if named is not None and all(module is not other for other in named.values()):
             continue
-        if named is None and (type(module) not in kinds):
+        if named is None and type(module) not in kinds and not _misbehaves(found, module):
             continue
-        if named is not None and describe(module).role != "activation":
+        if named is not None and describe(module).role != "activation" and module not in found.own:
             raise ValueError(f"modules names {name!r}, which is {type(module).__name__} and no activation")
         reason = _why_not(found, module, by_name=named is not None)
         if reason is not None:
@@ -139,6 +150,15 @@ def _plan(
             Edit(words=f"{name}: {type(module).__name__} > {type(_NEW[to]()).__name__}", make=partial(_put, module, to))
         )
     return edits, skipped, list(layers)
+
+
+def _misbehaves(found: Survey, module: nn.Module) -> bool:
+    """Whether an activation of the author's own is flat at both ends, as sigmoid is, or grows without bound, as exp."""
+    known = found.own.get(module)
+    if known is None:
+        return False
+    below, *near, above = np.abs(known.derivative(np.array([-_END, -1.0, 0.0, 1.0, _END])))
+    return bool(max(below, above) < _FLAT * max(near)) or math.isinf(known.derivative_bound)
 
 
 def _in_code(found: Survey, to: ActivationName) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradguard.monitors._describe import clean_name, describe
 from gradguard.remedies._applied import Applied
+from gradguard.remedies.initialization._custom import is_activation
 from gradguard.remedies.surgery._ledger import Ledger
 from gradguard.remedies.surgery._operate import Edit, checked, operate
 from gradguard.remedies.surgery._survey import Survey, chosen, pass_over, survey
@@ -187,14 +188,14 @@ def _activation_behind(found: Survey, layer: nn.Module) -> nn.Module | None:
     if found.trace is None:
         order = [m for m in found.model.modules() if next(m.children(), None) is None]
         rest = order[next(i for i, m in enumerate(order) if m is layer) + 1 :]
-        return next((m for m in rest if describe(m).role == "activation"), None)
+        return next((m for m in rest if is_activation(m)), None)
     queue = [child for op in found.trace.uses(layer) for child in found.trace.children[op.index]]
     while queue:
         index = queue.pop(0)
         op = found.trace.ops[index]
         if op.kind == "activation":
             owner = found.owners[index][0]
-            return owner if describe(owner).role == "activation" else None
+            return owner if is_activation(owner) else None
         if op.kind in {"shape", "sum"}:
             queue += found.trace.children[index]
     return None

@@ -14,6 +14,7 @@ from torch import nn
 from gradguard.errors import UnsupportedModelError
 from gradguard.monitors._describe import clean_name, describe
 from gradguard.remedies._applied import Applied
+from gradguard.remedies.initialization._custom import is_activation
 from gradguard.remedies.initialization._trace import Trace
 from gradguard.remedies.surgery._ledger import Ledger
 from gradguard.remedies.surgery._operate import Edit, checked, operate
@@ -192,7 +193,8 @@ def _ends(run: Sequence[tuple[str, nn.Module]]) -> bool:
 
 
 def _role(module: nn.Module) -> str:
-    return describe(module.layer if isinstance(module, Normalized) else module).role
+    inner = module.layer if isinstance(module, Normalized) else module
+    return "activation" if is_activation(inner) else describe(inner).role
 
 
 def _own_block(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from gradguard import theory
 from gradguard._untouched import untouched
 from gradguard.monitors._describe import clean_name, describe
 from gradguard.monitors._trees import floating_tensors
+from gradguard.remedies.initialization._custom import custom_activations
 from gradguard.remedies.initialization._following import following_by_order, following_by_trace
 from gradguard.remedies.initialization._trace import Trace, _Recorder, call
 from gradguard.remedies.surgery.modules import Normalized
@@ -35,6 +37,7 @@ class Call:
         given_shape: Shape of the input.
         made_shape: Shape of the output.
         in_place: Whether the input was changed by the call.
+        first: Index of the first operation that it runs.
     """
 
     module: nn.Module
@@ -43,6 +46,7 @@ class Call:
     given_shape: tuple[int, ...] = ()
     made_shape: tuple[int, ...] = ()
     in_place: bool = False
+    first: int = 0
 
 
 @dataclass(slots=True)
@@ -54,12 +58,14 @@ class Survey:
         trace: The operations, ``None`` where there was no pass.
         calls: Calls of modules, in the order in which they end.
         owners: For each operation the module whose code ran it, and the name of the function.
+        own: Activations that the model's author wrote, with what they compute.
     """
 
     model: nn.Module
     trace: Trace | None = None
     calls: list[Call] = field(default_factory=list)
     owners: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
+    own: Mapping[nn.Module, theory.Activation] = field(default_factory=dict)
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """Return the calls of one module."""
@@ -108,7 +114,7 @@ class _Observer(_Recorder):
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
         super().__init__(model, batch, None)
-        self.survey = Survey(model, self.trace)
+        self.survey = Survey(model, self.trace, own=custom_activations(model))
         self._stack: list[nn.Module] = [nn.Identity()]  # stands for code outside the model, such as the loss
         self._open: list[tuple[Call, int, Tensor | None]] = []
 
@@ -131,7 +137,7 @@ class _Observer(_Recorder):
         """Note that a module is called."""
         given = floating_tensors((args, kwargs))
         only = given[0] if len(given) == 1 and len(args) == 1 and args[0] is given[0] else None
-        entry = Call(module)
+        entry = Call(module, first=len(self.trace.ops))
         if only is not None:
             entry.given, entry.given_shape = self._made.get(only), tuple(only.shape)
         self._stack.append(module)
@@ -141,6 +147,8 @@ class _Observer(_Recorder):
         """Note what it gave."""
         self._stack.pop()
         entry, version, given = self._open.pop()
+        if module in self.survey.own:
+            self.enclose(entry.first, output, self.survey.own[module])
         if isinstance(output, Tensor):
             entry.made, entry.made_shape = self._made.get(output), tuple(output.shape)
         entry.in_place = given is not None and given._version != version
@@ -165,7 +173,7 @@ def survey(model: nn.Module, batch: Any = None, compute_loss: Callable[[Any, Any
                 f"{type(model).__name__} is no plain nn.Sequential, and only a forward pass shows in what order its "
                 "code calls its layers. Pass batch="
             )
-        return Survey(model)
+        return Survey(model, own=custom_activations(model))
     with untouched(model), torch.no_grad(), parametrize.cached():
         torch.manual_seed(0)
         observer = _Observer(model, batch)
