@@ -12,7 +12,7 @@ from torch import nn
 
 import gradguard
 from gradguard._easing import does_better
-from gradguard._plan import LOOK, SHARE, make_plan
+from gradguard._plan import SHARE, make_plan
 from gradguard._race import Batches, Lane, Race
 from gradguard.prescriptions import plain_prescription, with_rate
 from tests.models import classification_loss
@@ -100,7 +100,7 @@ def test_a_cure_that_overshoots_is_recommended_at_a_lower_rate() -> None:
 
 
 def test_a_cure_that_keeps_what_it_promises_is_left_at_its_rate() -> None:
-    """And costs a few more steps."""
+    """And costs no further step."""
     model = net(20, activation=nn.Tanh, init="small")
     result = gradguard.trial(model, batches(), classification_loss, sgd(1e-3), candidates=["layer-norm"], run_steps=240)
 
@@ -108,7 +108,20 @@ def test_a_cure_that_keeps_what_it_promises_is_left_at_its_rate() -> None:
     assert "lr_factor" not in result.best.arguments
     assert result.best.effect is not None
     assert result.best.effect.steps == make_plan(1, run_steps=240).length
-    assert result.cost_steps == 2 * result.best.effect.steps + LOOK
+    assert result.cost_steps == 2 * result.best.effect.steps
+
+
+def test_a_cure_whose_steps_are_far_too_short_is_recommended_at_a_higher_rate() -> None:
+    """Along such steps the loss is a straight line: three times as long they gain three times as much."""
+    model = net(20, activation=nn.Tanh, init="small")
+    result = gradguard.trial(model, batches(), classification_loss, sgd(3e-4), candidates=["layer-norm"], run_steps=240)
+
+    best = result.best
+    assert best is not None
+    assert best.arguments["lr_factor"] == 3.2
+    assert "At 3.2 times the learning rate: at the run's own its steps are far too short." in best.reason
+    assert 'group["lr"] *= 3.2' in best.code
+    assert result.cost_steps == 3 * make_plan(1, run_steps=240).length
 
 
 def test_nobody_looks_further_than_the_steps_that_were_asked_for() -> None:
@@ -184,7 +197,7 @@ def test_a_lower_rate_must_end_clearly_below(given: float, eased: float, better:
         model = nn.Linear(1, 1)
         return Lane("", 0, model, sgd(0.1)(model), losses=[loss] * 8)
 
-    assert does_better(lane(eased), lane(given)) is better
+    assert does_better(lane(eased), lane(given), share=0.04) is better
 
 
 @pytest.mark.parametrize("run_steps", [None, 20, 240, 999, 1000, 1200, 5000, 100_000])

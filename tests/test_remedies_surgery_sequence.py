@@ -68,6 +68,33 @@ def test_the_gate_that_keeps_the_state_has_a_bias_of_one(to: Any, gates: int) ->
     assert [float(part.mean()) for part in total] == [float(i == 1) for i in range(gates)]
 
 
+@pytest.mark.parametrize(("to", "gates"), [("lstm", 4), ("gru", 3)])
+def test_gates_of_new_cells_remember_for_as_long_as_is_asked(to: Any, gates: int) -> None:
+    """Biases of ln U(1, T - 1) on the gate that keeps the state; an LSTM's input gate has minus that."""
+    net = Net(lambda net, x: net.rnn(x)[0], rnn=nn.RNN(3, 200))
+
+    applied = swap_recurrent(net, to, max_time=61)
+
+    total = (net.rnn.bias_ih_l0 + net.rnn.bias_hh_l0).detach().chunk(gates)
+    memories = total[1].exp()
+    assert 1.0 <= float(memories.min()) < 5.0
+    assert 50.0 < float(memories.max()) <= 60.0
+    assert torch.equal(total[0], -total[1] if to == "lstm" else torch.zeros(200))
+    assert "biases ln U[1, 60] on the gate that keeps the state" in applied.changes[0]
+    with pytest.raises(ValueError, match="max_time must be at least 3 steps, got 2"):
+        swap_recurrent(Net(lambda net, x: net.rnn(x)[0], rnn=nn.RNN(3, 5)), to, max_time=2)
+
+
+def test_cells_without_biases_are_swapped_whatever_the_length() -> None:
+    """They have no gate to set."""
+    net = Net(lambda net, x: net.rnn(x)[0], rnn=nn.RNN(3, 5, bias=False))
+
+    applied = swap_recurrent(net, "gru", max_time=20)
+
+    assert isinstance(net.rnn, nn.GRU)
+    assert applied.changes == ("rnn: RNN 3>5 > GRU, new weights, no biases",)
+
+
 def test_cells_in_a_loop() -> None:
     """A GRU cell fits the user's loop, an LSTM cell does not."""
 

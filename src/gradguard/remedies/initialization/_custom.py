@@ -34,16 +34,10 @@ def custom_activations(model: nn.Module) -> Mapping[nn.Module, theory.Activation
     """Return the modules of a model that are activations of its author's own, with what they compute.
 
     Args:
-        model: The model; each such module is called on numbers of ours, and buffers, modes and random states are put
-            back.
+        model: The model; see :func:`custom_activation`.
     """
-    found: dict[nn.Module, theory.Activation] = {}
-    with untouched(model):
-        for module in model.modules():
-            known = custom_activation(module)
-            if known is not None:
-                found[module] = known
-    return found
+    found = {module: custom_activation(module) for module in model.modules()}
+    return {module: known for module, known in found.items() if known is not None}
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -59,7 +53,7 @@ def custom_activation(module: nn.Module) -> theory.Activation | None:
     no activations.
 
     Args:
-        module: Any module; it is called on float64 numbers, past its hooks.
+        module: Any module; it is called on float64 numbers, past its hooks, and random states are put back.
 
     Source: ours. Derivatives are those of autograd, their bound the largest between -30 and 30.
     """
@@ -68,10 +62,8 @@ def custom_activation(module: nn.Module) -> theory.Activation | None:
         return None
     given = torch.linspace(-_FAR, _FAR, _POINTS, dtype=torch.float64)
     try:
-        with torch.enable_grad():
-            if not _by_entry(module, given):
-                return None
-            slope = _slope(module, given)
+        with untouched(module):
+            slope = _slope(module, given) if _by_entry(module, given) else None
     except _FAILURES:
         return None
     if slope is None or not torch.isfinite(slope).all() or float(slope.max() - slope.min()) == 0.0:

@@ -100,7 +100,8 @@ def swap_recurrent(  # noqa: PLR0913  # all are keywords with defaults
         cell = "Cell" if isinstance(module, nn.RNNCell) else ""
         new = f"{to.upper()}{cell}"
         bias = "bias 1" if max_time is None else f"biases ln U[1, {max_time - 1}]"
-        words = f"{name}: {describe(module).kind} > {new}, new weights, {bias} on the gate that keeps the state"
+        bias = f"{bias} on the gate that keeps the state" if module.bias else "no biases"
+        words = f"{name}: {describe(module).kind} > {new}, new weights, {bias}"
         seed = generator + len(edits)
         edits.append(Edit(words=words, make=partial(_put, module, to, seed, max_time)))
     return operate(
