@@ -34,6 +34,11 @@ _BLOWN_SHARE = 0.1
 """Share of ``update_ratio_high`` that is too much where the loss grew tenfold and overflowed. Source: Karpathy, CS231n
 notes: a ratio above 1e-2 is too fast; the outcome confirms it."""
 
+_AT_CHANCE_SHARE = 10.0**-0.5
+"""Share of ``update_ratio_high`` that is too much for a classifier still at chance after 100 steps. Ours: half a
+decade; small recurrent nets that stand still in good health show 10^-1.8 under Adam, one thrown to chance by its
+schedule 10^-1.4."""
+
 _FAST_QUARTER = 0.75
 """Quantile that must lie below ``update_ratio_low``: while a quarter of the matrices move, the rate is not too low.
 Ours: discriminative rates and thawed layers leave most of a healthy net standing still."""
@@ -67,7 +72,7 @@ def find_learning_rate(history: History, config: GuardConfig) -> Sequence[Findin
     Too high: the median ratio over matrices stays above ``update_ratio_high`` for ``update_patience`` consecutive
     observations *and* the loss is known not to fall, or erupted and never got below where it began; one observation is
     enough where numbers then cease to be finite, and within the first steps where a step replaces the weights and
-    doubles the loss. Of a classifier that is still at chance after 100 steps a tenth of the ratio is too much. It
+    doubles the loss. Of a classifier that is still at chance after 100 steps a third of the ratio is too much. It
     stands until the loss falls, as the ratio drops by itself once the weights have grown.
 
     Too low: three quarters of the matrices stay below ``update_ratio_low`` for ``update_patience`` consecutive
@@ -100,8 +105,10 @@ def _too_high(history: History, config: GuardConfig) -> Finding | None:
     if at is not None and judge_losses(losses[:at], classes=history.info.classes).trend is Trend.FALLEN:
         return None  # it learnt at this rate until one bad batch came: GG103
     blown = bool(losses.size and not np.isfinite(losses[-1])) or not np.isfinite(_last_weights(history)).all()
-    if (blown and loss_growth(losses) > BLOW_UP) or (loss.stuck and still_at_chance(history)):
+    if blown and loss_growth(losses) > BLOW_UP:
         limit *= _BLOWN_SHARE
+    elif loss.stuck and still_at_chance(history):
+        limit *= _AT_CHANCE_SHARE
     thrown = _thrown(history, medians, losses)
     at_once = blown or thrown or (loss.stuck and _units_lost(history, config))
     above = medians > limit
