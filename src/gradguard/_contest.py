@@ -49,7 +49,8 @@ _ENOUGH = 2
 """Promising candidates below which reserves enter. Ours: with more of them a short trial only costs more."""
 
 _SLOW = 40
-"""Steps up to which a race goes on where the untreated copy learns, and neither loss nor check tells cures. Ours."""
+"""Steps up to which a race for an illness of layers goes on where the untreated copy learns, and neither loss nor check
+tells cures apart. Ours."""
 
 _RETRIES = 2
 """Times that a rate is lowered by half a decade where it diverges after the search. Ours."""
@@ -174,7 +175,8 @@ class Contest:
             lost = bool(self._control[0].fault) and math.isnan(self._race.chance)
             if not self.shown or lost or self.judgement.somebody_helps():
                 return
-            if self._learns() and (rung > _SLOW or self._first_that_mends() is not None):
+            slow = rung <= _SLOW and self._illness in _SCREENED and self._first_that_mends() is None
+            if self._learns() and not slow:
                 return
             if rung == self._plan.overtime[0][0]:
                 for entrant in self._entrants:
