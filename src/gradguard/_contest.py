@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gradguard._copies import Copies
+from gradguard._copies import Copies, OutOfTime
 from gradguard._easing import EASED, OVERSHOOTS, UNDERSHOOTS, does_better, halved
 from gradguard._entrant import Entrant, projected
-from gradguard._health import FAILURES, Health
+from gradguard._health import FAILURES, THROUGH_TIME, Health
 from gradguard._judgement import NOTICEABLE, Judgement, guesses
-from gradguard._plan import LOOK, Plan
+from gradguard._plan import Plan
 from gradguard._race import Lane, Race, check_memory
-from gradguard._rates import HALF_A_DECADE, search_rate
-from gradguard.findings import Finding, Prescription
-from gradguard.prescriptions import with_factor, with_rate
+from gradguard._rates import HALF_A_DECADE
+from gradguard.findings import Finding
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from gradguard.remedies.catalogue import Remedy
-
 __all__ = ["Contest"]
-
-_THROUGH_TIME = frozenset({"GG111", "GG112"})
-"""Illnesses of recurrent nets, measured over time steps."""
 
 _HALF = 0.5
 """Share of an illness's decades that a cure may leave where no loss tells. Ours: over 60 steps orthogonal weights leave
@@ -48,19 +40,18 @@ _OF_RUNS = frozenset({"GG103", "GG402", "GG501", "GG502", "GG504", "GG505", "GG7
 _ENOUGH = 2
 """Promising candidates below which reserves enter. Ours: with more of them a short trial only costs more."""
 
+_CALLED = 6
+"""Candidates up to which reserves are called where nobody helps. Ours."""
+
 _SLOW = 40
-"""Steps up to which a race for an illness of layers goes on where the untreated copy learns, and neither loss nor check
-tells cures apart. Ours."""
+"""Steps up to which a race for an illness of layers goes on where the untreated copy learns, and no cure does better
+yet. Ours."""
 
 _RETRIES = 2
 """Times that a rate is lowered by half a decade where it diverges after the search. Ours."""
 
 _SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
 """Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
-
-
-class _Stop(Exception):  # noqa: N818  # not an error: time is up
-    """Time is up."""
 
 
 class Contest:
@@ -79,7 +70,7 @@ class Contest:
     ) -> None:
         """Prepare; nothing is copied before :meth:`run`."""
         self._model = model
-        self._copies = Copies(model, race, make_optimizer)
+        self._copies = Copies(model, race, make_optimizer, deadline=deadline)
         self._race = race
         self._batch = race.batch
         self._compute_loss = race.compute_loss
@@ -89,7 +80,6 @@ class Contest:
             self._illness, self._onset, self._lasted = illness.code, illness.step, illness.last_step
             self._climbed = "climbed_lr" in illness.evidence
         self._health = Health(model, race, self._illness)
-        self._deadline = deadline
         self._progress = progress
         self._control: list[Lane] = []
         self._entrants: list[Entrant] = []
@@ -110,21 +100,21 @@ class Contest:
 
         Args:
             entrants: Candidates, in the order of the prescriptions.
-            reserves: Who enters where fewer than two of those can be applied and mend what a check sees.
+            reserves: Who enters where fewer than two of those can be applied and mend what a check sees, or none helps.
         """
         self._entrants, self._reserves = list(entrants), reserves
         check_memory(self._model, copies=len(entrants) + 1 + (len(EASED) if self._plan.easing else 0))
         try:
             self._run()
-        except (KeyboardInterrupt, _Stop):
+        except (KeyboardInterrupt, OutOfTime):
             self.interrupted = True
 
     def _run(self) -> None:
         self._control = [self._copies.untreated(0)]
         first = self._control[0]
-        self._advance(first, 1)
+        self._copies.advance(first, 1)
         self._race.set_limit(first)
-        self._advance(first, self._plan.length)
+        self._copies.advance(first, self._plan.length)
         self.shown = self._shows()
         for entrant in self._entrants:
             self._enter(entrant)
@@ -134,8 +124,10 @@ class Contest:
             self._thin(rung, keep)
         self._call_back()
         self._slow_down()
+        tuned = self._tune_rate()
         self._run_on()
-        self._tune_rate()
+        if not tuned:
+            self._tune_rate()
         for seed in range(1, self._plan.seeds):
             self._repeat(seed)
         self._look_at_health()
@@ -159,9 +151,23 @@ class Contest:
         if not self.shown or self.judgement.somebody_helps():
             return
         for entrant in [item for item in self._entrants if item.outcome == "diverged" and not item.remedy.searched]:
-            slower = self._at_rate(entrant.prescription, EASED[-1], entrant.remedy)
+            slower = self._copies.at_rate(entrant.prescription, entrant.remedy, EASED[-1], self._length)
             if not slower.lanes[0].fault:
                 self._replace(entrant, slower)
+
+    def _call_reserves(self) -> None:
+        """Let the first of the reserves try that mend what a check sees; who only guesses then leaves again."""
+        called: list[Entrant] = []
+        for entrant in self._reserves:
+            if len(self._running()) + len(called) < _CALLED and entrant not in self._entrants and not entrant.out:
+                self._enter(entrant)
+                if entrant.lanes and not self._is_hopeless(entrant):
+                    called.append(entrant)
+        self._entrants += called
+        self._race_to(self._length)
+        for entrant in called:
+            if guesses(entrant.result, self._race.chance) and not entrant.out:
+                self._drop(entrant, "dropped", f"guesses after {self._length} steps")
 
     def _run_on(self) -> None:
         """Where no loss tells a cure from nothing, take those that were dropped for it back in, and run for longer.
@@ -169,77 +175,73 @@ class Contest:
         Some runs stand still for fifty steps whatever is done to them; the first ones say nothing about any cure then.
         What is to be remembered through time stands still for hundreds: there a check has to do.
         """
-        if self._illness in _THROUGH_TIME and not self._control[0].fault and self._first_that_mends() is not None:
+        if self._illness in THROUGH_TIME and not self._control[0].fault and self._first_that_mends() is not None:
             return
         for rung, keep in self._plan.overtime:
             lost = bool(self._control[0].fault) and math.isnan(self._race.chance)
-            if not self.shown or lost or self.judgement.somebody_helps():
-                return
-            slow = rung <= _SLOW and self._illness in _SCREENED and self._first_that_mends() is None
-            if self._learns() and not slow:
+            slow = self._learns() and (rung > _SLOW or self._illness not in _SCREENED)
+            if not self.shown or lost or slow or self.judgement.somebody_helps(clearly=rung <= _SLOW):
                 return
             if rung == self._plan.overtime[0][0]:
                 for entrant in self._entrants:
                     if entrant.outcome == "dropped":
                         entrant.outcome = entrant.out = ""
             self._length = rung
-            self._advance(self._control[0], rung)
+            self._copies.advance(self._control[0], rung)
             self._race_to(rung)
+            if rung == _SLOW and not self._learns() and not self.judgement.somebody_helps():
+                self._call_reserves()
             if keep:
                 self._cut(rung, keep)
 
-    def _tune_rate(self) -> None:
+    def _tune_rate(self) -> bool:
         """Try who leads at other rates: at lower ones where its steps overshoot, at higher ones where they are short.
+
+        Returns whether somebody leads.
 
         A cure may let a run learn at a rate that is too high for it all the same: in the first steps its loss falls
         as fast as at any other, and later no further.
         """
         leader, late = self.judgement.leader, self._length > max(self._plan.length, self._plan.easing)
         if leader is None or not self._plan.easing:
-            return
+            return False
         lane = leader.lanes[0]
         if lane.gain > UNDERSHOOTS:
             self._raise(leader)
         elif lane.gain < OVERSHOOTS and not late and not halved(lane, self._control[0]):
             self._ease(leader)
+        return True
 
     def _raise(self, leader: Entrant) -> None:
-        raised = self._at_rate(leader.prescription, HALF_A_DECADE, leader.remedy)
+        raised = self._copies.at_rate(leader.prescription, leader.remedy, HALF_A_DECADE, self._length)
         if raised.lanes[0].gain >= OVERSHOOTS and does_better(raised.lanes[0], leader.lanes[0], share=NOTICEABLE):
             self._replace(leader, raised)
 
     def _ease(self, leader: Entrant) -> None:
         after, self._length = self._length, max(self._plan.easing, self._length)
-        self._advance(self._control[0], self._length)
-        self._advance(leader.lanes[0], self._length)
+        self._copies.advance(self._control[0], self._length)
+        self._copies.advance(leader.lanes[0], self._length)
         for entrant in self._running():
             if entrant is not leader and not leader.lanes[0].fault:
                 self._drop(entrant, "dropped", f"behind {leader.prescription.remedy} after {after} steps")
         self._race_to(self._length)
         cure = leader.prescription
         for factor in EASED:
-            eased = self._at_rate(cure, factor, leader.remedy)
+            eased = self._copies.at_rate(cure, leader.remedy, factor, self._length)
             if does_better(eased.lanes[0], leader.lanes[0], share=2.0 * NOTICEABLE):
                 self._replace(leader, eased)
                 leader = eased
-
-    def _at_rate(self, cure: Prescription, factor: float, remedy: Remedy) -> Entrant:
-        """Return a cure at another rate, trained for as long as the others."""
-        entrant = Entrant(prescription=with_rate(cure, factor), remedy=remedy)
-        entrant.lanes = [self._treated(entrant)]
-        self._advance_measured(entrant.lanes[0], self._length)
-        return entrant
 
     def _replace(self, old: Entrant, new: Entrant) -> None:
         self._entrants[self._entrants.index(old)] = new
 
     def _race_to(self, rung: int) -> None:
-        advance = self._advance_measured if rung == self._length and self._plan.easing else self._advance
+        advance = self._copies.advance_measured if rung == self._length and self._plan.easing else self._copies.advance
         for entrant in self._running():
             advance(entrant.lanes[0], rung)
             for _ in range(_RETRIES):
                 if entrant.lanes[0].fault and entrant.remedy.searched:
-                    self._lower_rate(entrant)
+                    self._copies.lower_rate(entrant)
                     advance(entrant.lanes[0], rung)
             if entrant.lanes[0].fault:
                 self._drop(entrant, "diverged", entrant.lanes[0].fault)
@@ -285,59 +287,21 @@ class Contest:
         if self._progress is not None:
             self._progress(line)
 
-    def _advance(self, lane: Lane, until: int) -> None:
-        while len(lane.losses) < until and not lane.fault:
-            if time.perf_counter() > self._deadline:
-                raise _Stop
-            self._race.advance(lane, min(until, len(lane.losses) + 4))
-
-    def _advance_measured(self, lane: Lane, until: int) -> None:
-        """Train a copy up to a step; over the last few it is measured what they gain of what they promise."""
-        if len(lane.losses) >= until:
-            return
-        self._advance(lane, until - LOOK)
-        lane.gains = []
-        self._advance(lane, until)
-        lane.end_measuring()
-
-    def _treated(self, entrant: Entrant, seed: int = 0) -> Lane:
-        return self._copies.treated(entrant.prescription, entrant.remedy, seed)
-
     def _enter(self, entrant: Entrant) -> None:
         if not self.shown and entrant.remedy.level > 0:
             self._drop(entrant, "dropped", f"what began at step {self._onset} does not show here")
             return
         try:
             if entrant.remedy.searched and self.shown:
-                self._search_rate(entrant)
-            entrant.lanes = [self._treated(entrant)]
+                self._copies.search_rate(entrant)
+            entrant.lanes = [self._copies.treated(entrant)]
         except FAILURES as error:
             self._drop(entrant, "not possible", str(error).splitlines()[0] if str(error) else type(error).__name__)
-
-    def _search_rate(self, entrant: Entrant) -> None:
-        """Find the factor, each one tried for a few steps on a copy."""
-
-        def attempt(factor: float, steps: int) -> tuple[float, float]:
-            entrant.prescription = with_factor(entrant.prescription, factor)
-            lane = self._treated(entrant)
-            lane.ratios = []
-            self._advance(lane, steps)
-            loss = math.inf if lane.fault else sum(lane.losses[-2:]) / 2
-            return loss, statistics.median(lane.ratios) if lane.ratios else math.nan
-
-        up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0
-        entrant.prescription = with_factor(entrant.prescription, search_rate(attempt, up=up))
-
-    def _lower_rate(self, entrant: Entrant) -> None:
-        """Begin again at a lower rate: what was fine for the few steps of the search is too high for more."""
-        factor = float(entrant.prescription.arguments["factor"])
-        entrant.prescription = with_factor(entrant.prescription, factor / HALF_A_DECADE)
-        entrant.lanes = [self._treated(entrant)]
 
     def _screen(self) -> None:
         """Drop cures that leave before the first step what a check sees in the untreated model; let reserves enter."""
         promising = [entrant for entrant in self._running() if not self._is_hopeless(entrant)]
-        for entrant in self._reserves:
+        for entrant in self._reserves if self._illness in _SCREENED else ():
             if len(promising) >= _ENOUGH:
                 break
             self._enter(entrant)
@@ -357,11 +321,11 @@ class Contest:
     def _repeat(self, seed: int) -> None:
         """Run the untreated copy and the finalists again under another seed."""
         control = self._copies.untreated(seed)
-        self._advance(control, self._length)
+        self._copies.advance(control, self._length)
         lanes: list[tuple[Entrant, Lane]] = []
         for entrant in self._running():
-            lane = self._treated(entrant, seed)
-            self._advance(lane, self._length)
+            lane = self._copies.treated(entrant, seed)
+            self._copies.advance(lane, self._length)
             lanes.append((entrant, lane))
         self._control.append(control)
         for entrant, lane in lanes:

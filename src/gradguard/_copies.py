@@ -1,31 +1,50 @@
-"""Copies of a model as a trial trains them: untreated ones, and ones with a cure applied."""
+"""Copies of a model as a trial trains them: untreated ones, and ones with a cure applied, at one rate or another."""
 
 from __future__ import annotations
 
+import math
+import statistics
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from gradguard._entrant import Entrant
+from gradguard._plan import LOOK
 from gradguard._race import DRAW, Lane, Race, checked_optimizer, copy_of
+from gradguard._rates import HALF_A_DECADE, search_rate
 from gradguard._untouched import cuda_devices
 from gradguard.findings import Prescription
+from gradguard.prescriptions import with_factor, with_rate
 from gradguard.remedies.catalogue import Remedy, Target
 from gradguard.remedies.optimizing import scale_learning_rate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Copies"]
+__all__ = ["Copies", "OutOfTime"]
+
+
+class OutOfTime(Exception):  # noqa: N818  # not an error
+    """The deadline has passed."""
 
 
 class Copies:
-    """Makes the copies that a race trains."""
+    """Makes the copies that a race trains, and trains them until the deadline."""
 
-    def __init__(self, model: nn.Module, race: Race, make_optimizer: Callable[[Any], Optimizer]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        race: Race,
+        make_optimizer: Callable[[Any], Optimizer],
+        *,
+        deadline: float = math.inf,
+    ) -> None:
         """Prepare; nothing is copied yet."""
         self._model = model
+        self._deadline = deadline
         self._devices = cuda_devices(model)
         self._race = race
         self._make_optimizer = make_optimizer
@@ -35,9 +54,10 @@ class Copies:
         twin = copy_of(self._model)
         return Lane("", seed, twin, checked_optimizer(self._make_optimizer(twin), twin))
 
-    def treated(self, cure: Prescription, remedy: Remedy, seed: int) -> Lane:
+    def treated(self, entrant: Entrant, seed: int = 0) -> Lane:
         """Return a copy with a cure applied, under random numbers of its seed."""
         twin, race = copy_of(self._model), self._race
+        cure, remedy = entrant.prescription, entrant.remedy
         with torch.random.fork_rng(devices=self._devices):
             torch.manual_seed(DRAW + seed)
             if remedy.acts_on == "model":
@@ -49,3 +69,50 @@ class Copies:
         if "lr_factor" in cure.arguments:
             scale_learning_rate(twin, optimizer, factor=float(cure.arguments["lr_factor"]))
         return Lane(cure.remedy, seed, twin, optimizer)
+
+    def advance(self, lane: Lane, until: int) -> None:
+        """Train a copy up to a step.
+
+        Raises:
+            OutOfTime: If the deadline passes.
+        """
+        while len(lane.losses) < until and not lane.fault:
+            if time.perf_counter() > self._deadline:
+                raise OutOfTime
+            self._race.advance(lane, min(until, len(lane.losses) + 4))
+
+    def advance_measured(self, lane: Lane, until: int) -> None:
+        """Train a copy up to a step; over the last few it is measured what they gain of what they promise."""
+        if len(lane.losses) >= until:
+            return
+        self.advance(lane, until - LOOK)
+        lane.gains = []
+        self.advance(lane, until)
+        lane.end_measuring()
+
+    def at_rate(self, cure: Prescription, remedy: Remedy, factor: float, until: int) -> Entrant:
+        """Return a cure at another rate, trained up to a step."""
+        entrant = Entrant(prescription=with_rate(cure, factor), remedy=remedy)
+        entrant.lanes = [self.treated(entrant)]
+        self.advance_measured(entrant.lanes[0], until)
+        return entrant
+
+    def search_rate(self, entrant: Entrant) -> None:
+        """Find the factor of a cure that is a learning rate, each one tried for a few steps on a copy."""
+
+        def attempt(factor: float, steps: int) -> tuple[float, float]:
+            entrant.prescription = with_factor(entrant.prescription, factor)
+            lane = self.treated(entrant)
+            lane.ratios = []
+            self.advance(lane, steps)
+            loss = math.inf if lane.fault else sum(lane.losses[-2:]) / 2
+            return loss, statistics.median(lane.ratios) if lane.ratios else math.nan
+
+        up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0
+        entrant.prescription = with_factor(entrant.prescription, search_rate(attempt, up=up))
+
+    def lower_rate(self, entrant: Entrant) -> None:
+        """Begin again at a lower rate: what was fine for the few steps of the search is too high for more."""
+        factor = float(entrant.prescription.arguments["factor"])
+        entrant.prescription = with_factor(entrant.prescription, factor / HALF_A_DECADE)
+        entrant.lanes = [self.treated(entrant)]

@@ -11,7 +11,10 @@ from gradguard.errors import GradGuardError
 from gradguard.findings import Finding, Severity
 from gradguard.preflight import check
 
-__all__ = ["FAILURES", "Health"]
+__all__ = ["FAILURES", "THROUGH_TIME", "Health"]
+
+THROUGH_TIME = frozenset({"GG111", "GG112"})
+"""Illnesses of recurrent nets, measured over time steps."""
 
 FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError)
 """How a remedy or a copy may fail; what else is raised is the user's to see."""
@@ -31,6 +34,7 @@ class Health:
         self._model = model
         self._race = race
         self._illness = illness
+        self._alike = THROUGH_TIME if illness in THROUGH_TIME else {illness}
         self._at_first: dict[str, float] | None = None
 
     def at_first(self) -> dict[str, float]:
@@ -46,16 +50,20 @@ class Health:
         return lane.found[1]
 
     def _found(self, model: nn.Module) -> dict[str, float]:
-        """Return what a check warns of, and the illness itself however mild it looks there."""
+        """Return what a check warns of, and the illness itself however mild it looks there.
+
+        A gradient that vanishes through time in place of one that explodes is no cure: both count as the illness.
+        """
         try:
             diagnosis = check(model, self._race.batch, self._race.compute_loss)
         except FAILURES:
             return {}
-        return {
-            item.code: _decades(item)
-            for item in diagnosis.findings
-            if item.standing and (item.severity >= Severity.WARNING or item.code == self._illness)
-        }
+        found: dict[str, float] = {}
+        for item in diagnosis.findings:
+            if item.standing and (item.severity >= Severity.WARNING or item.code in self._alike):
+                code = self._illness if item.code in self._alike else item.code
+                found[code] = max(found.get(code, 0.0), _decades(item))
+        return found
 
 
 def _decades(finding: Finding) -> float:

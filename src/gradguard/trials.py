@@ -34,6 +34,9 @@ _MOST_BATCHES = 80
 _OF_LAYERS = frozenset({"GG101", "GG102", "GG301", "GG302", "GG403"})
 """Illnesses of layers that raw features make as well: they drive the first activations to their ends. Ours."""
 
+_LIKE_LAYERS = frozenset({"GG501", "GG502", "GG504"})
+"""Illnesses of updates that layers which pass no gradient look like. Ours."""
+
 _OF_TRAINING = frozenset({"GG202", "GG203", "GG204", "GG301", "GG302", "GG501", "GG505"})
 """Illnesses seen in training that weights may have had in them from the start: a net whose first weights are three
 times too large diverges at its first step, and what a guard sees is a rate that is too high. Ours."""
@@ -238,8 +241,8 @@ def _prescribed(diagnosis: Diagnosis, batch: Any, look: Callable[[], tuple[Findi
 
 
 def _reserves(illness: Finding, diagnosis: Diagnosis, entrants: Sequence[Entrant]) -> Sequence[Entrant]:
-    """Return cures of layers in general that are not among the prescribed ones, for an illness of layers."""
-    if illness.code not in _OF_LAYERS:
+    """Return cures of layers in general that are not among the prescribed ones, for what may lie in the layers."""
+    if illness.code not in _OF_LAYERS | _LIKE_LAYERS:
         return ()
     known = {entrant.prescription.remedy for entrant in entrants}
     return _entrants([cure for cure in reserves_for(illness, diagnosis.layers) if cure.remedy not in known])[0]

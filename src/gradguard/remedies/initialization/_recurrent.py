@@ -113,7 +113,9 @@ def chrono_initialize(
     """Spread the memory of LSTM and GRU units over the time scales of a task, by the biases of their gates.
 
     For LSTM ``b_f = ln U[1, max_time - 1]`` and ``b_i = -b_f``; for GRU, whose update gate keeps the state,
-    ``b_z = ln U[1, max_time - 1]``. All other biases become 0; the values stand in the bias on the hidden state.
+    ``b_z = ln U[1, max_time - 1]``: one draw in each of as many equal parts of the range as there are units, so that
+    few units cover it as evenly as many do. All other biases become 0; the values stand in the bias on the hidden
+    state.
 
     Args:
         model: The model; plain RNNs in it are left alone.
@@ -130,7 +132,8 @@ def chrono_initialize(
         UnsupportedModelError: If there is no gate with trainable biases.
 
     Source:
-        Tallec and Ollivier (2018), "Can recurrent neural networks warp time?", ICLR, arXiv 1804.11188, section 2.
+        Tallec and Ollivier (2018), "Can recurrent neural networks warp time?", ICLR, arXiv 1804.11188, section 2. The
+        even spread is ours.
     """
     check_time(max_time)
     draw = generator_of(generator)
@@ -138,7 +141,8 @@ def chrono_initialize(
     def change(cell: _Cell) -> str:
         size = cell.hidden
         on_input, on_hidden = _biases(cell)
-        drawn = (1.0 + (max_time - 2.0) * torch.rand(size, generator=draw)).log().to(on_hidden)
+        places = torch.randperm(size, generator=draw) + torch.rand(size, generator=draw)
+        drawn = (1.0 + (max_time - 2.0) * places / size).log().to(on_hidden)
         on_input.zero_()
         on_hidden.zero_()
         on_hidden[size : 2 * size] = drawn
