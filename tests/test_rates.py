@@ -19,7 +19,7 @@ from tests.test_trials import batches, net, sgd
 
 def test_a_rate_that_diverges_after_the_search_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rate of 1 lasts for ten steps: what the race shows of it is begun again at lower ones, by half a decade."""
-    monkeypatch.setattr("gradguard._contest.search_rate", lambda _attempt, *, up: 1e-3)
+    monkeypatch.setattr("gradguard._copies.search_rate", lambda _attempt, *, up: 1e-3)
 
     result = gradguard.trial(
         net(init="he"), batches(), classification_loss, sgd(1000.0), candidates=["lower-learning-rate"], steps=16

@@ -245,6 +245,8 @@ class Contest:
                     advance(entrant.lanes[0], rung)
             if entrant.lanes[0].fault:
                 self._drop(entrant, "diverged", entrant.lanes[0].fault)
+            elif rung == self._length:
+                self._copies.evaluate(entrant.lanes[0])
 
     def _thin(self, rung: int, keep: int) -> None:
         """Keep the most promising; from the second rung on also drop whoever does as if nothing had been done.
@@ -326,6 +328,7 @@ class Contest:
         for entrant in self._running():
             lane = self._copies.treated(entrant, seed)
             self._copies.advance(lane, self._length)
+            self._copies.evaluate(lane)
             lanes.append((entrant, lane))
         self._control.append(control)
         for entrant, lane in lanes:

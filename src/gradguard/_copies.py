@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradguard._entrant import Entrant
 from gradguard._plan import LOOK
@@ -45,6 +46,7 @@ class Copies:
         """Prepare; nothing is copied yet."""
         self._model = model
         self._deadline = deadline
+        self._normalized = any(isinstance(module, _BatchNorm) for module in model.modules())
         self._devices = cuda_devices(model)
         self._race = race
         self._make_optimizer = make_optimizer
@@ -90,11 +92,17 @@ class Copies:
         self.advance(lane, until)
         lane.end_measuring()
 
+    def evaluate(self, lane: Lane) -> None:
+        """Measure a copy in evaluation mode, too, where a cure has put BatchNorm into a model that had none."""
+        if not self._normalized and any(isinstance(module, _BatchNorm) for module in lane.model.modules()):
+            self._race.evaluate(lane)
+
     def at_rate(self, cure: Prescription, remedy: Remedy, factor: float, until: int) -> Entrant:
         """Return a cure at another rate, trained up to a step."""
         entrant = Entrant(prescription=with_rate(cure, factor), remedy=remedy)
         entrant.lanes = [self.treated(entrant)]
         self.advance_measured(entrant.lanes[0], until)
+        self.evaluate(entrant.lanes[0])
         return entrant
 
     def search_rate(self, entrant: Entrant) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradguard._arguments import refuse_compiled
 from gradguard._passes import scalar_loss
@@ -43,6 +45,12 @@ one batch that weighs ten thousand times the others is the whole mean."""
 
 SURE = 2.0
 """Standard errors by which losses must differ. Ours: one in twenty by chance."""
+
+_FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+"""How a copy, or its loss, may fail."""
+
+_SURELY = 6
+"""Steps in each of which a copy must do better for that to be no chance. Source: sign test, 2^-6."""
 
 _FEWEST = 4
 """Losses below which nothing is said of a fall. Ours: two medians of two."""
@@ -108,6 +116,7 @@ class Lane:
         gains: What each step gained on its own batch as a share of what the gradient promised, 1 for steps that are
             small enough and below 0 where the loss rose; ``None`` where it is not measured.
         gain: Median of those measured last, NaN for none.
+        beyond: By how much its loss in evaluation mode lies above its result, at least 0; see :meth:`Race.evaluate`.
         devices: CUDA devices of the copy, whose generators a step moves.
     """
 
@@ -121,6 +130,7 @@ class Lane:
     ratios: list[float] | None = None
     gains: list[float] | None = None
     gain: float = math.nan
+    beyond: float = 0.0
     devices: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,10 +165,10 @@ class Lane:
 
     @property
     def result(self) -> float:
-        """Median of the last losses, inf where the copy has failed or has not begun."""
+        """Median of the last losses, or the loss in evaluation mode; inf where the copy has failed or not begun."""
         if self.fault or not self.losses:
             return math.inf
-        return float(np.median(self.losses[-LAST:]))
+        return float(np.median(self.losses[-LAST:])) + self.beyond
 
 
 class Race:
@@ -200,13 +210,36 @@ class Race:
             step = len(lane.losses)
             try:
                 value = self._take_step(lane, step)
-            except (GradGuardError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            except _FAILURES as error:
                 lane.fault = f"{type(error).__name__}: {error}"
                 return
             self.steps_taken += 1
             lane.losses.append(value)
             if not math.isfinite(value) or all(abs(loss) > self.limit for loss in lane.losses[-_IN_A_ROW:]):
                 lane.fault = "diverged"
+
+    def evaluate(self, lane: Lane) -> None:
+        """Measure a copy in evaluation mode, where BatchNorm no longer sees the batch: what only it makes of it counts.
+
+        Its statistics are taken anew from the batches it was trained on last; looked at are the batches to come.
+        """
+        if lane.fault or not lane.losses:
+            return
+        lane.beyond = 0.0
+        begin, twin = len(lane.losses), copy.deepcopy(lane.model)
+        for norm in (module for module in twin.modules() if isinstance(module, _BatchNorm)):
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+        losses: list[float] = []
+        with contextlib.suppress(*_FAILURES), torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
+            self._seed(lane, begin)
+            for step in range(max(0, begin - LAST), begin + LAST):
+                twin.train(step < begin)
+                loss = scalar_loss(self.compute_loss(twin, self._batches.at(step, lane.seed)))
+                losses.append(float(loss.detach()))
+        if losses:
+            evaluated = float(np.median(losses[-LAST:]))
+            lane.beyond = max(0.0, evaluated - lane.result) if math.isfinite(evaluated) else math.inf
 
     def _take_step(self, lane: Lane, step: int) -> float:
         batch = self._batches.at(step, lane.seed)
@@ -263,6 +296,7 @@ def _chance(model: nn.Module, loss: torch.Tensor) -> float:
 def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[float, float]:
     """Return by how much treated copies end below the untreated ones, step by step, and the error of that median.
 
+    Where they end below in every one of six steps or more there is no doubt, however wildly an untreated copy swings.
     An untreated copy that has diverged counts as its last finite losses, none as infinite gain.
 
     Args:
@@ -277,10 +311,11 @@ def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[flo
         others = [loss for loss in control.losses if math.isfinite(loss)][-len(mine) :]
         if control.fault:
             others = [max(others, default=math.inf)] * len(mine)
-        differences.extend(other - own for other, own in zip(others, mine, strict=False))
+        differences.extend(other - own - lane.beyond for other, own in zip(others, mine, strict=False))
     if not differences:
         return -math.inf, 0.0
-    if not np.isfinite(differences).all():
+    alike = len(differences) >= _SURELY and min(differences) > 0.0
+    if alike or not np.isfinite(differences).all():
         return float(np.median(differences)), 0.0
     return median_with_error(np.array(differences))
 
