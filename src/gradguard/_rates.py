@@ -32,13 +32,20 @@ _PATIENCE = 2
 """Decades in a row without a better loss after which the search ends. Ours."""
 
 
-_TELLING = 1e-4
-"""Median ratio of update to weight below which a loss that does not fall in three steps says nothing, and a search
-upwards goes on. Ours: a tenth of the usual 1e-3."""
+_FLAT = 0.01
+"""Share of the loss by which a decade must lower it to tell anything. Ours: of one batch and the next."""
+
+_USUAL_RATIO = 1e-3
+"""Median ratio of update to weight to aim at where no loss tells. Source: Karpathy, CS231n notes."""
+
+_FAST = 1e-2
+"""The same above which a search upwards ends even where no loss has told anything. Source: as above."""
 
 
 def search_rate(attempt: Callable[[float, int], tuple[float, float]], *, up: bool) -> float:
     """Return the factor for the learning rate that gives the lowest loss, less a margin for the steps to come.
+
+    Where no higher rate moves the loss within a few steps, it is the one at which steps are of usual size.
 
     Args:
         attempt: Trains with a factor for so many steps and returns the loss, inf where that diverges, and the median
@@ -46,17 +53,32 @@ def search_rate(attempt: Callable[[float, int], tuple[float, float]], *, up: boo
         up: Whether to search upwards.
     """
     coarse: dict[float, float] = {}
+    ratios: dict[float, float] = {}
     worse = 0
     for decade in range(1, _DECADES + 1):
         factor = 10.0 ** (decade if up else -decade)
         best = min(coarse.values(), default=math.inf)
-        coarse[factor], ratio = attempt(factor, _FIRST_STEPS)
+        coarse[factor], ratios[factor] = attempt(factor, _FIRST_STEPS)
         worse = 0 if coarse[factor] < best else worse + 1
-        if worse >= _PATIENCE and not (up and ratio < _TELLING):
+        silent = up and best > (1.0 - _FLAT) * coarse[10.0]
+        if worse >= _PATIENCE and not (silent and ratios[factor] < _FAST):
             break
-    middle = min(coarse, key=lambda factor: coarse[factor])
+    if up and min(coarse.values()) > (1.0 - _FLAT) * coarse[10.0] > 0.0:
+        known = {factor: ratio for factor, ratio in ratios.items() if 0.0 < ratio < math.inf}
+        if known:
+            nearest = min(known, key=lambda factor: abs(math.log(known[factor] / _USUAL_RATIO)))
+            return max(HALF_A_DECADE, nearest * _USUAL_RATIO / known[nearest])
+    middle = _best(coarse, up=up)
     fine = {factor: attempt(factor, _STEPS) for factor in (middle / HALF_A_DECADE, middle, middle * HALF_A_DECADE)}
-    factor = min(fine, key=lambda factor: fine[factor][0])
+    factor = _best({factor: loss for factor, (loss, _) in fine.items()}, up=up)
     ratio = fine[factor][1]
     spare = _MODEST * _MARGIN / ratio if ratio > 0.0 else 1.0
     return factor / _MARGIN * min(_MARGIN, max(1.0, spare))
+
+
+def _best(losses: dict[float, float], *, up: bool) -> float:
+    """Return the factor of the lowest loss; downwards the highest whose loss is as good, since no step is no cure."""
+    lowest = min(losses.values())
+    if up or not 0.0 < lowest < math.inf:
+        return min(losses, key=lambda factor: losses[factor])
+    return max(factor for factor, loss in losses.items() if loss <= (1.0 + _FLAT) * lowest)
