@@ -49,6 +49,26 @@ def test_small_steps_leave_the_rate_that_the_search_found(ratio: float) -> None:
     assert factor * ratio / 1e-3 == pytest.approx(min(ratio, max(7e-3, ratio / math.sqrt(10.0))))
 
 
+@pytest.mark.parametrize(("ratio_at_1", "expected"), [(1e-7, 1e4), (3e-6, 333.0), (5e-5, 20.0)])
+def test_where_no_higher_rate_moves_the_loss_steps_of_usual_size_are_taken(ratio_at_1: float, expected: float) -> None:
+    """A net that stands still for fifty steps whatever the rate: 1e-3 of the weights per step, and half a decade up."""
+    tried: list[float] = []
+
+    def attempt(factor: float, _steps: int) -> tuple[float, float]:
+        tried.append(factor)
+        return 2.3 + 1e-3 * factor * ratio_at_1, factor * ratio_at_1
+
+    assert search_rate(attempt, up=True) == pytest.approx(expected, rel=0.01)
+    assert max(tried) * ratio_at_1 >= 1e-2, "the search goes on to steps that ought to tell"
+
+
+def test_downwards_no_rate_is_lower_than_does_good() -> None:
+    """Of single examples three tell nothing: a hundredth is as good as a hundred-millionth, and trains."""
+    factor = search_rate(lambda tried, _steps: (1.0 + tried / 10.0, tried / 10.0), up=False)
+
+    assert 1e-2 <= factor <= 0.1
+
+
 def test_the_search_measures_the_steps_that_it_takes() -> None:
     """SGD on one matrix: the ratio of each step is the rate times the gradient over the weight."""
     model = nn.Linear(4, 1, bias=False)

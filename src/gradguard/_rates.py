@@ -63,11 +63,10 @@ def search_rate(attempt: Callable[[float, int], tuple[float, float]], *, up: boo
         silent = up and best > (1.0 - _FLAT) * coarse[10.0]
         if worse >= _PATIENCE and not (silent and ratios[factor] < _FAST):
             break
-    if up and min(coarse.values()) > (1.0 - _FLAT) * coarse[10.0] > 0.0:
+    if up and min(coarse.values()) > (1.0 - _FLAT) * coarse[10.0] > 0.0 and 0.0 < ratios[10.0] < _USUAL_RATIO:
         known = {factor: ratio for factor, ratio in ratios.items() if 0.0 < ratio < math.inf}
-        if known:
-            nearest = min(known, key=lambda factor: abs(math.log(known[factor] / _USUAL_RATIO)))
-            return max(HALF_A_DECADE, nearest * _USUAL_RATIO / known[nearest])
+        nearest = min(known, key=lambda factor: abs(math.log(known[factor] / _USUAL_RATIO)))
+        return nearest * _USUAL_RATIO / known[nearest]
     middle = _best(coarse, up=up)
     fine = {factor: attempt(factor, _STEPS) for factor in (middle / HALF_A_DECADE, middle, middle * HALF_A_DECADE)}
     factor = _best({factor: loss for factor, (loss, _) in fine.items()}, up=up)

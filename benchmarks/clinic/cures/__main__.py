@@ -2,11 +2,12 @@
 
 Run from the root of the repository::
 
-    python -m benchmarks.clinic.cures [--half practice|exam] [--seeds N] [--cases PATTERN]
+    python -m benchmarks.clinic.cures [--half practice|exam|workshop|fresh] [--seeds N] [--cases PATTERN]
 
 Each sick run is diagnosed by a guard, its prescriptions are tried on copies of the original weights, and the one that
 the trial recommends is applied to a fresh run, which is trained to its end. The same runs are repaired in three other
-ways. Single cases are listed for the practice half only.
+ways. Single cases are listed for what cures are chosen on: not for the exam half, nor for the sealed pairs of the fresh
+set.
 """
 
 from __future__ import annotations
@@ -28,9 +29,16 @@ from rich.progress import track
 from benchmarks.clinic.catalogue import cases, half_of
 from benchmarks.clinic.cures.rows import CureRow, append, read, run_case
 from benchmarks.clinic.cures.tables import case_lines, figures, show
+from benchmarks.clinic.fresh import fresh_cases, is_sealed
 from benchmarks.clinic.results import source_hash
 from benchmarks.clinic.workshop import workshop_cases
 from gradguard.findings import to_plain
+
+_SETS = {"workshop": workshop_cases, "fresh": fresh_cases}
+"""Cases that belong to neither half."""
+
+_CLOSED = frozenset({"exam", "sealed"})
+"""Parts that only score: nothing of single cases is shown."""
 
 
 def run_all(jobs: Sequence[tuple[str, int]], workers: int) -> Iterator[CureRow]:
@@ -46,13 +54,15 @@ def run_all(jobs: Sequence[tuple[str, int]], workers: int) -> Iterator[CureRow]:
 
 
 def _part(name: str) -> str:
-    """Return which half a case is in, or that it is in the workshop."""
+    """Return which half a case is in, or that it is in the workshop, fresh, or sealed."""
+    if name.startswith("fresh/"):
+        return "sealed" if is_sealed(name) else "fresh"
     return "workshop" if name.startswith("workshop/") else half_of(name)
 
 
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--half", choices=("practice", "exam", "workshop"), help="one half only, or the workshop")
+    parser.add_argument("--half", choices=("practice", "exam", *_SETS), help="one half only, or another set")
     parser.add_argument("--seeds", type=int, default=1, help="seeds per case")
     parser.add_argument("--cases", default="*", help="names to run, as a shell pattern; of the practice half")
     parser.add_argument("--healthy", action="store_true", help="run healthy cases as well: nothing may be recommended")
@@ -62,10 +72,10 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--any-source", action="store_true", help="take rows of other sources as well")
     arguments = parser.parse_args(given)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    known = workshop_cases() if arguments.half == "workshop" else cases(arguments.half)
+    known = _SETS[arguments.half]() if arguments.half in _SETS else cases(arguments.half)
     names = [case.name for case in known if case.is_sick or arguments.healthy]
     if arguments.cases != "*":
-        names = [name for name in names if fnmatch(name, arguments.cases) and _part(name) != "exam"]
+        names = [name for name in names if fnmatch(name, arguments.cases) and _part(name) not in _CLOSED]
     source = None if arguments.any_source else source_hash()
     done = {row.key for row in read(arguments.results, source=source)}
     jobs = [(name, seed) for seed in range(arguments.seeds) for name in names if (name, seed) not in done]
@@ -76,12 +86,12 @@ def main(given: Sequence[str] | None = None) -> int:
     console.print(f"{len(jobs)} cases in {time.monotonic() - started:.0f} s, {len(done)} in the file before")
     kept = [row for row in read(arguments.results, source=source) if row.case in names and row.seed < arguments.seeds]
     scores = {}
-    for half in ("workshop", "practice", "exam"):
+    for half in ("workshop", "fresh", "sealed", "practice", "exam"):
         part = [row for row in kept if _part(row.case) == half]
         if part:
             show(part, console, title=half)
             scores[half] = figures(part)
-        if half != "exam":
+        if half not in _CLOSED:
             for line in case_lines(part):
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,276 @@
+"""What a trial does where the prescribed cures do not do: reserves, slower steps, longer races, evaluation mode."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradguard
+from gradguard._contest import Contest
+from gradguard._entrant import Entrant
+from gradguard._health import Health
+from gradguard._judgement import Judgement
+from gradguard._plan import make_plan
+from gradguard._race import Batches, Lane, Race, paired_gain
+from gradguard.findings import Finding, Prescription, Severity
+from gradguard.preflight import check
+from gradguard.prescriptions import plain_prescription
+from gradguard.remedies import Applied
+from gradguard.remedies.catalogue import Remedy, Target
+from gradguard.trials import _prescribed
+from tests.models import classification_loss
+from tests.test_contest import broken, scaled
+from tests.test_trials import Batch, adam, batches, net, sgd
+
+
+def entrant(name: str, run: Callable[[Target], Applied], level: int = 1) -> Entrant:
+    """Return a candidate that acts through the optimizer."""
+    return Entrant(
+        prescription=replace(plain_prescription("clip-norm"), remedy=name),
+        remedy=Remedy(name=name, level=level, acts_on="optimizer", run=run),
+    )
+
+
+def race(
+    entrants: list[Entrant], reserves: list[Entrant], *, lr: float, code: str = "GG101", run_steps: int = 240
+) -> Contest:
+    """Run a contest with reserves."""
+    held = Contest(
+        net(init="he"),
+        Race(Batches(batches(), 40), classification_loss, base_seed=0),
+        sgd(lr),
+        plan=make_plan(len(entrants), run_steps=run_steps),
+        illness=Finding(code=code, name="", family="", severity=Severity.WARNING, message="", step=0, last_step=0),
+    )
+    held.run(entrants, reserves)
+    return held
+
+
+def outcomes(held: Contest) -> dict[str, str]:
+    """Return what became of each candidate."""
+    return {run.remedy: run.outcome for run in held.judgement.runs()}
+
+
+def test_reserves_enter_where_the_prescribed_cures_cannot_be_applied() -> None:
+    """Until two are in the race that promise something."""
+    reserves = [entrant("third", broken), *(entrant(name, scaled(1e4)) for name in ("fourth", "fifth", "sixth"))]
+    held = race([entrant("first", broken), entrant("second", broken)], reserves, lr=1e-6)
+
+    assert outcomes(held).keys() == {"first", "second", "fourth", "fifth"}
+    best = held.judgement.best()
+    assert best is not None
+    assert best.remedy in {"fourth", "fifth"}
+
+
+def test_reserves_are_called_where_nobody_helps_after_forty_steps() -> None:
+    """Two candidates are enough to begin with; when they have done nothing by then, others try."""
+    nothing = [entrant(name, scaled(1.0)) for name in ("first", "second")]
+    held = race(nothing, [entrant("reserve", scaled(1e7))], lr=1e-9)
+
+    assert outcomes(held)["reserve"] == "best"
+    assert held.steps_taken > 3 * 40
+
+
+def test_reserves_stay_away_where_somebody_helps() -> None:
+    """Nobody asks for them."""
+    held = race(
+        [entrant("helps", scaled(1e4)), entrant("second", scaled(1.0))], [entrant("reserve", scaled(1e4))], lr=1e-6
+    )
+
+    assert "reserve" not in outcomes(held)
+
+
+class Functional(nn.Module):
+    """Twenty layers whose sigmoids are functions, so that no other activation can take their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(20))
+        self.last = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, shape ``[batch, 10]``."""
+        for layer in self.layers:
+            x = torch.sigmoid(layer(x))
+        return self.last(x)
+
+
+def test_models_that_cannot_be_rewritten_get_what_can_be_done() -> None:
+    """The trial says why the others could not be tried."""
+    torch.manual_seed(0)
+    result = gradguard.trial(Functional(), batches(), classification_loss, adam, run_steps=240)
+
+    why = {run.remedy: run.why for run in result.runs}
+    assert "cannot be rewritten from outside" in why["relu"]
+    assert result.best is not None
+    assert result.best.remedy == "batch-norm"
+
+
+def test_a_cure_that_diverges_is_tried_at_a_tenth_of_the_rate_where_nobody_helps() -> None:
+    """It mends the layers, and the run's rate is too high for what it made of them."""
+    held = race([entrant("fast", scaled(3e9)), entrant("idle", scaled(1.0))], [], lr=1e-9)
+
+    best = held.judgement.best()
+    assert best is not None
+    assert best.remedy == "fast"
+    assert best.arguments["lr_factor"] == 0.1
+
+
+# ------------------------------------------------------------------------------------------------- what is clear enough
+
+
+def lane_at(*losses: float, fault: str = "") -> Lane:
+    """Return a copy with these losses."""
+    model = nn.Linear(1, 1)
+    return Lane("", 0, model, torch.optim.SGD(model.parameters(), lr=1.0), losses=list(losses), fault=fault)
+
+
+@pytest.mark.parametrize(("loss", "clearly"), [(2.21, False), (2.1, True)])
+def test_who_is_about_to_leave_chance_has_not_left_it(loss: float, clearly: bool) -> None:
+    """2.3 is chance; at 2.21 a classifier may as well stay there."""
+    cure = Entrant(prescription=Prescription(remedy="x", reason=""), remedy=entrant("x", scaled(1.0)).remedy)
+    cure.lanes = [lane_at(*[loss] * 8)]
+    held = Judgement([lane_at(*[2.35] * 8)], [cure], ill=True, mender=None, chance=math.log(10.0))
+
+    assert held.somebody_helps()
+    assert held.somebody_helps(clearly=True) is clearly
+
+
+@pytest.mark.parametrize(("lost", "sure"), [(0, True), (1, True), (3, False)])
+def test_a_copy_that_swings_wildly_is_beaten_by_one_below_it_nearly_always(lost: int, sure: bool) -> None:
+    """In seven of eight steps, by however much: the median error of such a copy is no measure."""
+    wild = [1e-3] * lost + [5.0, 900.0, 7.0, 3e4, 6.0, 80.0, 9.0, 2e3][lost:]
+    gain, error = paired_gain([lane_at(*wild)], [lane_at(*[0.3] * 8)])
+
+    assert gain > 0.0
+    assert (error == 0.0) is sure
+
+
+def test_a_copy_whose_first_loss_is_not_finite_is_beaten_by_any_that_trains() -> None:
+    """Its gain is infinite, and there is no doubt about it."""
+    assert paired_gain([lane_at(math.inf, fault="diverged")], [lane_at(2.0, 1.9)]) == (math.inf, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation mode
+
+
+def shifted(count: int = 24, size: int = 32) -> list[tuple[Tensor, Tensor]]:
+    """Return batches that are each shifted as a whole: what BatchNorm takes away in training is there in evaluation."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(count, size, 8, generator=random)
+    offset = 30.0 * torch.randn(count, 1, 1, generator=random)
+    return [(data + shift, data[:, :1]) for data, shift in zip(x, offset, strict=True)]
+
+
+def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the mean squared error."""
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+def test_what_only_the_batch_makes_good_does_not_count(shifts: bool) -> None:
+    """A loss that is low in training and high in evaluation is the latter; else nothing is added."""
+    data = shifted() if shifts else [(y.expand(-1, 8) + 0.1 * torch.randn_like(y), y) for _, y in shifted()]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    lane = Lane("", 0, model, torch.optim.Adam(model.parameters(), lr=1e-2))
+    ran = Race(Batches(data, 24), squares, base_seed=0)
+    ran.advance(lane, 200)
+    before, weights, trained = lane.result, copy.deepcopy(model.state_dict()), model.training
+    ran.evaluate(lane)
+
+    assert (lane.beyond > 0.3) is shifts
+    assert lane.result == pytest.approx(before + lane.beyond)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert model.training is trained
+    assert paired_gain([lane_at(*[1.0] * 8)], [lane])[0] == pytest.approx(1.0 - lane.result, abs=0.2 + lane.beyond)
+
+
+def test_a_model_that_fails_in_evaluation_mode_is_judged_by_training_alone() -> None:
+    """Its own code may refuse; that is no fault of the cure."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        if not model.training:
+            raise RuntimeError("not in evaluation mode")
+        return classification_loss(model, batch)
+
+    model = nn.Sequential(nn.Linear(64, 10), nn.BatchNorm1d(10))
+    lane = Lane("", 0, model, sgd(0.01)(model))
+    ran = Race(Batches(batches(4), 4), loss, base_seed=0)
+    ran.advance(lane, 8)
+    ran.evaluate(lane)
+
+    assert (lane.beyond, lane.fault) == (0.0, "")
+
+
+# ----------------------------------------------------------------------------------------------- what else is looked at
+
+
+@pytest.mark.parametrize("illness", ["GG111", "GG112"])
+def test_a_gradient_that_vanishes_through_time_is_no_cure_for_one_that_explodes(illness: str) -> None:
+    """Both count as the illness, by their decades."""
+    torch.manual_seed(0)
+    model = nn.RNN(4, 24, batch_first=True)
+    held = nn.Sequential(model)
+
+    def loss(net: Any, x: Tensor) -> Tensor:
+        output: Tensor = net[0](x)[0][:, -1]
+        return output.square().mean()
+
+    found = Health(held, Race(Batches([torch.randn(8, 60, 4)], 1), loss, base_seed=0), illness).at_first()
+
+    assert set(found) == {illness}
+    assert found[illness] > 5.0
+
+
+@pytest.mark.parametrize(
+    ("code", "scale", "joins"), [("GG101", 300.0, True), ("GG101", 1.0, False), ("GG103", 300.0, False)]
+)
+def test_raw_features_may_be_behind_any_illness_of_layers(code: str, scale: float, joins: bool) -> None:
+    """What drives the first activations to their ends need not be the weights."""
+    known = check(net(20), batches(1)[0], classification_loss)
+    own = (plain_prescription("he-initialization"),)
+    ill = replace(known.findings[0], code=code, severity=Severity.ERROR, prescriptions=own)
+    x, y = batches(1)[0]
+
+    cures = _prescribed(replace(known, findings=(ill,)), (scale * x, y), tuple)
+
+    assert ("standardize-input" in [cure.remedy for cure in cures]) is joins
+
+
+class Columns(nn.Module):
+    """An embedding beside raw columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 2)
+
+    def forward(self, kinds: Tensor, columns: Tensor) -> Tensor:
+        """Return logits."""
+        return self.last(self.first(torch.cat([self.embed(kinds), columns], dim=-1)).tanh())
+
+
+def test_raw_columns_beside_an_embedding_are_made_standard_and_the_embedding_is_not() -> None:
+    """Two of the columns reach far; the third is of usual size, and so are the embedding's."""
+    torch.manual_seed(0)
+    model = Columns()
+    columns = torch.randn(64, 3) * torch.tensor([200.0, 1.0, 50.0]) + torch.tensor([1000.0, 0.0, 0.0])
+    batch = (torch.randint(0, 5, (64,)), columns)
+
+    applied = gradguard.apply("standardize-input", model, batch=batch)
+
+    first = model.first
+    assert isinstance(first, gradguard.remedies.surgery.Standardized)
+    assert applied.changes[0].startswith("first: Linear 6>16 reads (x - mean) / deviation of 2 features")
+    assert torch.equal(first.mean[[0, 1, 2, 4]], torch.zeros(4))
+    assert torch.equal(first.deviation[[0, 1, 2, 4]], torch.ones(4))
+    assert float(first.mean[3]) == pytest.approx(float(columns[:, 0].mean()), rel=1e-4)
+    assert isinstance(model.last, nn.Linear), "what parameters have made stays as it is"
