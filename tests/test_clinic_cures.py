@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.clinic.cures import rows
 from benchmarks.clinic.cures.rows import WAYS, CureRow, append, read
 from benchmarks.clinic.cures.runs import Setting, advice_only, build, setting_of, train
 from benchmarks.clinic.cures.tables import figures, is_cured
+from benchmarks.clinic.fresh import fresh_cases, is_sealed
 from benchmarks.clinic.results import source_hash
 from benchmarks.clinic.workshop import workshop_cases
 from gradguard.rules import RULES
@@ -136,9 +138,10 @@ def test_rows_are_resumed_by_source_and_the_score_is_written(tmp_path: Path) -> 
     assert json.loads(score.read_text())["practice"]["ways"]["gradguard"]["cured"] == 1.0
 
 
-def test_the_workshop_is_sound_and_apart_from_both_halves() -> None:
+@pytest.mark.parametrize("make", [workshop_cases, fresh_cases])
+def test_further_pairs_are_sound_and_apart_from_both_halves(make: Callable[[], tuple[Case, ...]]) -> None:
     """Every sick case has a healthy twin that differs from it, both can be built, and none is scored by the clinic."""
-    made = workshop_cases()
+    made = make()
     names = [case.name for case in made]
 
     assert len(set(names)) == len(names)
@@ -152,6 +155,33 @@ def test_the_workshop_is_sound_and_apart_from_both_halves() -> None:
     for case in made[::31]:
         job = build(case, 0)
         assert bool(torch.isfinite(job_loss(job, job.batch(0)))) or case.is_sick
+
+
+def test_twins_of_the_fresh_set_are_sealed_together_and_nothing_of_them_is_shown(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is fixed by the name of the pair; a sealed run enters totals, and its name stands nowhere."""
+    made = fresh_cases()
+    assert all(is_sealed(case.name) is is_sealed(twin.name) for case, twin in zip(made[::2], made[1::2], strict=True))
+    assert sum(is_sealed(case.name) for case in made[::2]) == 21
+    sealed, opened = (next(case.name for case in made if is_sealed(case.name) is closed) for closed in (True, False))
+    monkeypatch.setattr(program, "_SETS", {"fresh": lambda: tuple(find(name) for name in (sealed, opened))})
+    results = tmp_path / "rows.jsonl"
+    for name in (sealed, opened):
+        ended = {
+            "quality": dict.fromkeys(WAYS, 0.9),
+            "done": dict.fromkeys(WAYS, "x"),
+            "runs": dict.fromkeys(WAYS, 0.2),
+        }
+        append(results, CureRow(case=name, seed=0, source="", sick=0.1, twin=0.95, found="GG101", **ended))  # type: ignore[arg-type]  # a dict of the fields
+    given = ["--half", "fresh", "--any-source", "--results", str(results), "--json", str(tmp_path / "score.json")]
+
+    program.main(given)
+
+    printed = capsys.readouterr().out
+    assert opened in printed
+    assert sealed not in printed
+    assert "sealed: 1 curable sick runs" in printed
 
 
 def test_a_schedule_works_on_the_rate_that_a_cure_has_set() -> None:

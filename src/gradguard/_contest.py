@@ -72,8 +72,6 @@ class Contest:
         self._model = model
         self._copies = Copies(model, race, make_optimizer, deadline=deadline)
         self._race = race
-        self._batch = race.batch
-        self._compute_loss = race.compute_loss
         self._plan = plan
         self._illness, self._onset, self._lasted, self._climbed = "", 0, 0, False
         if illness is not None:
@@ -86,9 +84,7 @@ class Contest:
         self._reserves: Sequence[Entrant] = ()
         self._mender: Entrant | None = None
         self._length = plan.length
-        self.shown = True
-        self.unproven = False
-        self.interrupted = False
+        self.shown, self.unproven, self.interrupted = True, False, False
 
     @property
     def steps_taken(self) -> int:
@@ -103,7 +99,8 @@ class Contest:
             reserves: Who enters where fewer than two of those can be applied and mend what a check sees, or none helps.
         """
         self._entrants, self._reserves = list(entrants), reserves
-        check_memory(self._model, copies=len(entrants) + 1 + (len(EASED) if self._plan.easing else 0))
+        most = max(len(entrants), _CALLED if reserves else 0)
+        check_memory(self._model, copies=most + 1 + (len(EASED) if self._plan.easing else 0))
         try:
             self._run()
         except (KeyboardInterrupt, OutOfTime):
