@@ -38,7 +38,7 @@ _OF_RUNS = frozenset({"GG103", "GG402", "GG501", "GG502", "GG504", "GG505", "GG7
 """Illnesses that only a run shows: what it has shown outweighs the few steps in which a copy does well."""
 
 _ENOUGH = 2
-"""Promising candidates below which reserves enter. Ours: with more of them a short trial only costs more."""
+"""Promising candidates below which reserves enter. Ours: filling up to five costs a third more and cures 2 of 219."""
 
 _CALLED = 6
 """Candidates up to which reserves are called where nobody helps. Ours."""

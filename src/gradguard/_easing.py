@@ -19,7 +19,8 @@ chapter 3)."""
 
 UNDERSHOOTS = 0.97
 """Share of it from which steps are so short that the loss is a straight line along them, and longer ones are tried.
-Ours."""
+Ours: of 8 sick runs cured by such steps and trained to their ends at three times the rate none ended worse, six better
+by 0.03 to 0.25."""
 
 _HALF = 0.5
 """Share of the first loss at which a cure does well enough. Ours: of 22 runs in which a lower rate was chosen it made

@@ -233,9 +233,9 @@ class Race:
             for step in range(max(0, begin - LAST), begin + LAST):
                 twin.train(step < begin)
                 loss = scalar_loss(self.compute_loss(twin, self._batches.at(step, lane.seed)))
-                losses.append(float(loss.detach()))
-        if losses:
-            evaluated = float(np.median(losses[-LAST:]))
+                losses += [] if step < begin else [float(loss.detach())]
+        if len(losses) == LAST:
+            evaluated = float(np.median(losses))
             lane.beyond = max(0.0, evaluated - lane.result) if math.isfinite(evaluated) else math.inf
 
     def _take_step(self, lane: Lane, step: int) -> float:
