@@ -11,11 +11,12 @@ from torch import nn
 from gradguard._copies import Copies, OutOfTime
 from gradguard._easing import EASED, OVERSHOOTS, UNDERSHOOTS, does_better, halved
 from gradguard._entrant import Entrant, projected
-from gradguard._health import FAILURES, THROUGH_TIME, Health
+from gradguard._health import THROUGH_TIME, Health
 from gradguard._judgement import NOTICEABLE, Judgement, guesses
 from gradguard._plan import Plan
 from gradguard._race import Lane, Race, check_memory
 from gradguard._rates import HALF_A_DECADE
+from gradguard._untouched import FAILURES
 from gradguard.findings import Finding
 
 if TYPE_CHECKING:

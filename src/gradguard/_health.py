@@ -7,17 +7,14 @@ import math
 from torch import nn
 
 from gradguard._race import Lane, Race, copy_of
-from gradguard.errors import GradGuardError
+from gradguard._untouched import FAILURES
 from gradguard.findings import Finding, Severity
 from gradguard.preflight import check
 
-__all__ = ["FAILURES", "THROUGH_TIME", "Health"]
+__all__ = ["THROUGH_TIME", "Health"]
 
 THROUGH_TIME = frozenset({"GG111", "GG112"})
 """Illnesses of recurrent nets, measured over time steps."""
-
-FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError)
-"""How a remedy or a copy may fail; what else is raised is the user's to see."""
 
 
 class Health:

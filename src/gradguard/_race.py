@@ -17,10 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradguard._arguments import refuse_compiled
 from gradguard._passes import scalar_loss
-from gradguard._untouched import cuda_devices
+from gradguard._untouched import FAILURES, cuda_devices
 from gradguard.detectors._loss import CHANCE_BAND
 from gradguard.detectors._numbers import median_with_error
-from gradguard.errors import GradGuardError, UnsupportedModelError
+from gradguard.errors import UnsupportedModelError
 from gradguard.monitors.losses import is_cross_entropy
 
 if TYPE_CHECKING:
@@ -45,9 +45,6 @@ one batch that weighs ten thousand times the others is the whole mean."""
 
 SURE = 2.0
 """Standard errors by which losses must differ. Ours: one in twenty by chance."""
-
-_FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, IndexError, AttributeError)
-"""How a copy, or its loss, may fail."""
 
 _FEWEST = 4
 """Losses below which nothing is said of a fall. Ours: two medians of two."""
@@ -207,7 +204,7 @@ class Race:
             step = len(lane.losses)
             try:
                 value = self._take_step(lane, step)
-            except _FAILURES as error:
+            except FAILURES as error:
                 lane.fault = f"{type(error).__name__}: {error}"
                 return
             self.steps_taken += 1
@@ -228,7 +225,7 @@ class Race:
             norm.reset_running_stats()
             norm.momentum = None  # the mean over all batches
         losses: list[float] = []
-        with contextlib.suppress(*_FAILURES), torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
+        with contextlib.suppress(*FAILURES), torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
             self._seed(lane, begin)
             for step in range(max(0, begin - LAST), begin + LAST):
                 twin.train(step < begin)

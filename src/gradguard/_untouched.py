@@ -10,7 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["cuda_devices", "untouched"]
+from gradguard.errors import GradGuardError
+
+__all__ = ["FAILURES", "cuda_devices", "untouched"]
+
+FAILURES = (GradGuardError, RuntimeError, ValueError, TypeError, AttributeError, IndexError)
+"""How a user's model, its loss or a remedy may fail; what else is raised is the user's to see."""
 
 
 def cuda_devices(model: nn.Module) -> list[int]:

@@ -12,9 +12,9 @@ from torch import nn
 
 from gradguard._contest import Contest
 from gradguard._entrant import Entrant
-from gradguard._health import FAILURES
 from gradguard._plan import make_plan
 from gradguard._race import Batches, Race
+from gradguard._untouched import FAILURES
 from gradguard.detectors.saturated_units import FAR_INPUT
 from gradguard.findings import Diagnosis, Finding, Prescription, Severity
 from gradguard.monitors._trees import floating_tensors

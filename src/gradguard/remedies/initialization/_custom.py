@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradguard import theory
-from gradguard._untouched import untouched
-from gradguard.errors import GradGuardError
+from gradguard._untouched import FAILURES, untouched
 from gradguard.monitors._describe import describe
 from gradguard.records import FloatArray
 
@@ -26,8 +25,6 @@ _POINTS = 241
 _GROWS = 1.01
 """Times its value two units before the ends above which a derivative has no bound. Ours: that of x^2 grows by 1.07 over
 the last two units, that of a function that is a straight line there does not grow."""
-
-_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError, GradGuardError)
 
 
 def custom_activations(model: nn.Module) -> Mapping[nn.Module, theory.Activation]:
@@ -64,7 +61,7 @@ def custom_activation(module: nn.Module) -> theory.Activation | None:
     try:
         with untouched(module):
             slope = _slope(module, given) if _by_entry(module, given) else None
-    except _FAILURES:
+    except FAILURES:
         return None
     if slope is None or not torch.isfinite(slope).all() or float(slope.max() - slope.min()) == 0.0:
         return None

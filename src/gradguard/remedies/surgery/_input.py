@@ -133,8 +133,8 @@ def _raw_features(model: nn.Module, data: Tensor, axis: int) -> Tensor:
     for place in far.nonzero().flatten().tolist():
         if made < _MADE_IN_A_ROW:
             total = data.select(axis, place).sum()
-            slopes: Sequence[Tensor | None] = torch.autograd.grad(
-                total, trainable, retain_graph=True, allow_unused=True
+            slopes: Sequence[Tensor | None] = (
+                torch.autograd.grad(total, trainable, retain_graph=True, allow_unused=True) if trainable else ()
             )
             made = made + 1 if any(bool(slope.any()) for slope in slopes if slope is not None) else 0
         far[place] = made == 0
