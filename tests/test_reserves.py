@@ -259,9 +259,11 @@ class Columns(nn.Module):
 
 
 def test_raw_columns_beside_an_embedding_are_made_standard_and_the_embedding_is_not() -> None:
-    """Two of the columns reach far; the third is of usual size, and so are the embedding's."""
+    """Two of the columns reach far; the third is of usual size, and what an embedding makes is no data."""
     torch.manual_seed(0)
     model = Columns()
+    with torch.no_grad():
+        model.embed.weight.mul_(100.0)  # far as well, and made by parameters
     columns = torch.randn(64, 3) * torch.tensor([200.0, 1.0, 50.0]) + torch.tensor([1000.0, 0.0, 0.0])
     batch = (torch.randint(0, 5, (64,)), columns)
 
