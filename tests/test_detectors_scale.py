@@ -84,6 +84,27 @@ def test_weights_that_are_too_large_and_a_first_loss_far_above_chance_are_a_warn
     assert ("and the first loss is 13 times that of chance" in finding.message) is (severity is Severity.WARNING)
 
 
+@pytest.mark.parametrize(("gain", "severity"), [(2.5, Severity.WARNING), (1.0, None)])
+def test_weights_that_swell_the_signal_are_a_warning_where_no_loss_of_chance_is_known(
+    gain: float, severity: Severity | None
+) -> None:
+    """Regression: eight layers of 2.5 times He's weights give predictions in the hundreds."""
+    torch.manual_seed(0)
+    model = mlp(8, nn.ReLU, init="he")
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(gain)
+    x, y = digit_batch(64)
+
+    diagnosis = gradguard.check(
+        model, (x, y.float()), lambda net, batch: (net(batch[0])[:, 0] - batch[1]).square().mean()
+    )
+    found = [finding.severity for finding in diagnosis.findings if finding.code == "GG403"]
+
+    assert found == ([] if severity is None else [severity])
+
+
 @pytest.mark.parametrize(("scale", "found"), [(8.0, True), (1.0, False)])
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Softsign])
 def test_weights_that_drive_tanh_to_its_ends_are_found_before_the_first_step(

@@ -388,6 +388,16 @@ def test_a_loss_without_a_slope_is_an_error() -> None:
     assert finding.message == "The loss gives no gradient: it is exactly zero at every layer."
 
 
+@pytest.mark.parametrize(
+    ("losses", "found"), [([0.0] * 2 + [1.0] * 98, False), ([0.0] * 3, False), ([0.0] * 100, True)]
+)
+def test_a_batch_that_is_right_by_chance_has_a_loss_of_zero_and_no_slope(losses: list[float], found: bool) -> None:
+    """One example of a class that the first weights give already; a loss that is zero for good is another matter."""
+    history = with_zeros(net(losses=losses), range(11), at=lambda step: step < 2 or found)
+
+    assert bool(find_missing_gradients(history, CONFIG)) is found
+
+
 def test_a_loss_at_its_minimum_is_no_illness() -> None:
     """A hinge loss that is satisfied gives no gradient either, later in the run."""
     for losses in (falling(101), []):

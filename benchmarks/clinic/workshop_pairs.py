@@ -235,6 +235,35 @@ OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]
     ("norm-dead", "GG301", classifier, {"depth": 6, **_LAYER, **_SGD}, {"fault": norm_biases(-8.0)}),
     ("norm-small", "GG101", classifier, {"depth": 8, **_LAYER}, {"fault": norm_scales(1e-3)}),
     ("two-batches-rate", "GG501", partial(accumulated, classifier), {"steps": 160}, {"rate": 100.0}),
+    *(
+        (f"tiny-batch-{name}", code, classifier, {"steps": 300, **twin}, fault)
+        for name, code, twin, fault in (
+            ("rate-ReLU-1", "GG501", {"size": 1, "rate": 0.3, "depth": 3}, {"rate": 100.0}),
+            ("rate-Tanh-1-sgd", "GG501", {"size": 1, "rate": 0.1, "depth": 3, **_SGD}, {"rate": 30.0}),
+            ("rate-wine-1", "GG501", {"size": 1, "task": "wine", "depth": 3}, {"rate": 100.0}),
+            ("rate-wine-2-sgd", "GG501", {"size": 2, "task": "wine", "depth": 2, "rate": 0.3, **_SGD}, {"rate": 30.0}),
+            ("rate-low-ReLU-4", "GG502", {"size": 4, "depth": 4}, {"rate": 1e-3}),
+            ("sigmoid-2", "GG101", {"size": 2, "depth": 8, "activation": nn.Tanh}, {"activation": nn.Sigmoid}),
+            ("small-ReLU-1", "GG101", {"size": 1, "depth": 10, "task": "cancer"}, {"gain": 0.3}),
+            ("large-ReLU-4-sgd", "GG102", {"size": 4, "depth": 6, "rate": 0.3, **_SGD}, {"gain": 3.0}),
+            ("large-Tanh-2", "GG302", {"size": 2, "depth": 5, "activation": nn.Tanh}, {"gain": 8.0}),
+            ("dead-2", "GG301", {"size": 2, "depth": 5, "task": "cancer"}, {"fault": biases(-6.0)}),
+            ("normal-1", "GG102", {"size": 1, "depth": 4, "task": "wine"}, {"fault": NORMAL}),
+        )
+    ),
+    *(
+        (f"regression-{name}", code, regression, twin, fault)
+        for name, code, twin, fault in (
+            ("sharp-Tanh", "GG302", {"activation": nn.Tanh, **_ADAM}, {"gain": 8.0}),
+            ("sharp-Tanh-sgd", "GG302", {"activation": nn.Tanh, "depth": 3}, {"gain": 6.0}),
+            ("sharp-Sigmoid", "GG302", {"activation": nn.Sigmoid, "depth": 2, **_ADAM}, {"gain": 30.0}),
+            ("sharp-Tanh-narrow", "GG302", {"activation": nn.Tanh, "width": 8, "rate": 5.0, **_ADAM}, {"gain": 5.0}),
+            ("sigmoid-6", "GG101", {"activation": nn.Tanh, "depth": 6, **_ADAM}, {"activation": nn.Sigmoid}),
+            ("small-GELU", "GG101", {"activation": nn.GELU, "depth": 8, **_ADAM}, {"gain": 0.3}),
+            ("large-ReLU-adam", "GG102", {"depth": 8, **_ADAM}, {"gain": 2.5}),
+            ("rate-Tanh-adam", "GG501", {"activation": nn.Tanh, "depth": 3, **_ADAM}, {"rate": 200.0}),
+        )
+    ),
     (
         "two-batches-sigmoid",
         "GG101",

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["Copies", "OutOfTime"]
 
 
+_TO_TELL = 16
+"""Examples by which rates are told apart where batches are small. Ours."""
+
+
 class OutOfTime(Exception):  # noqa: N818  # not an error
     """The deadline has passed."""
 
@@ -92,8 +96,18 @@ class Copies:
         self.advance(lane, until)
         lane.end_measuring()
 
+    def advance_to_end(self, lane: Lane, until: int) -> None:
+        """Train a copy up to a step, and measure what it has come to."""
+        self.advance(lane, until)
+        self.evaluate(lane)
+
     def evaluate(self, lane: Lane) -> None:
-        """Measure a copy in evaluation mode, too, where a cure has put BatchNorm into a model that had none."""
+        """Measure a copy once more where its last steps say little of it.
+
+        On more batches where they are small; in evaluation mode where a cure has put BatchNorm into a model that had
+        none.
+        """
+        self._race.look(lane)
         if not self._normalized and any(isinstance(module, _BatchNorm) for module in lane.model.modules()):
             self._race.evaluate(lane)
 
@@ -113,7 +127,8 @@ class Copies:
             lane = self.treated(entrant)
             lane.ratios = []
             self.advance(lane, steps)
-            loss = math.inf if lane.fault else sum(lane.losses[-2:]) / 2
+            self._race.look(lane, examples=_TO_TELL)
+            loss = math.inf if lane.fault else lane.result if lane.looked else sum(lane.losses[-2:]) / 2
             return loss, statistics.median(lane.ratios) if lane.ratios else math.nan
 
         up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0

@@ -67,6 +67,16 @@ class Plan:
         """Steps of a whole run."""
         return self.rungs[-1]
 
+    @property
+    def longest(self) -> int:
+        """Steps that a race may go on to."""
+        return max((rung for rung, _ in self.overtime), default=self.length)
+
+    @property
+    def before_last(self) -> int:
+        """Steps by which candidates are compared last before the end; all of them where there is one rung."""
+        return self.rungs[-2] if len(self.rungs) > 1 else self.rungs[-1]
+
     def cost(self, candidates: int) -> int:
         """Return the optimizer steps that it takes at most, without overtime, over all copies, untreated ones too."""
         running, done, steps = candidates, 0, 0

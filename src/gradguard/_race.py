@@ -21,6 +21,7 @@ from gradguard._untouched import FAILURES, cuda_devices
 from gradguard.detectors._loss import CHANCE_BAND
 from gradguard.detectors._numbers import median_with_error
 from gradguard.errors import UnsupportedModelError
+from gradguard.monitors._trees import tensors
 from gradguard.monitors.losses import is_cross_entropy
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ one batch that weighs ten thousand times the others is the whole mean."""
 
 SURE = 2.0
 """Standard errors by which losses must differ. Ours: one in twenty by chance."""
+
+_ENOUGH_EXAMPLES = 64
+"""Examples that a result is taken over at least. Ours: batches of one give eight examples in eight steps; of 13 sick
+runs on batches of 1 to 4 examples RESULT."""
 
 _FEWEST = 4
 """Losses below which nothing is said of a fall. Ours: two medians of two."""
@@ -111,6 +116,8 @@ class Lane:
             small enough and below 0 where the loss rose; ``None`` where it is not measured.
         gain: Median of those measured last, NaN for none.
         beyond: By how much its loss in evaluation mode lies above its result, at least 0; see :meth:`Race.evaluate`.
+        looked: Losses on the batches to come, as far as it is trained now, where batches are too small for the last few
+            steps to tell; see :meth:`Race.look`.
         devices: CUDA devices of the copy, whose generators a step moves.
     """
 
@@ -125,6 +132,7 @@ class Lane:
     gains: list[float] | None = None
     gain: float = math.nan
     beyond: float = 0.0
+    looked: list[float] = field(default_factory=list)
     devices: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -162,7 +170,8 @@ class Lane:
         """Median of the last losses, or the loss in evaluation mode; inf where the copy has failed or not begun."""
         if self.fault or not self.losses:
             return math.inf
-        return float(np.median(self.losses[-LAST:])) + self.beyond
+        last = float(np.mean(self.looked)) if self.looked else float(np.median(self.losses[-LAST:]))
+        return last + self.beyond
 
 
 class Race:
@@ -194,8 +203,9 @@ class Race:
         return self._batches.at(0, 0)
 
     def set_limit(self, untreated: Lane) -> None:
-        """Derive from the untreated copy's first loss where divergence begins."""
-        first = abs(untreated.losses[0]) if untreated.losses else math.nan
+        """Derive from the untreated copy's first loss where divergence begins; that of one example may be zero."""
+        self.look(untreated)
+        first = max((abs(loss) for loss in (*untreated.losses[:1], *untreated.looked)), default=math.nan)
         self.limit = _BLOWN_UP * max(first, 1e-6) if math.isfinite(first) else math.inf
 
     def advance(self, lane: Lane, until: int) -> None:
@@ -209,28 +219,47 @@ class Race:
                 return
             self.steps_taken += 1
             lane.losses.append(value)
+            lane.looked = []
             if not math.isfinite(value) or all(abs(loss) > self.limit for loss in lane.losses[-_IN_A_ROW:]):
                 lane.fault = "diverged"
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether batches hold so few examples that the last losses of a copy say little."""
+        return 0 < LAST * _examples(self.batch) < _ENOUGH_EXAMPLES
+
+    def look(self, lane: Lane, *, examples: int = _ENOUGH_EXAMPLES) -> None:
+        """Measure a copy on the batches to come, without a step, where batches are small."""
+        if lane.fault or not lane.losses or not self.is_coarse:
+            return
+        begin, losses = len(lane.losses), []
+        count = min(len(self._batches), math.ceil(examples / _examples(self.batch)))
+        with contextlib.suppress(*FAILURES), torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
+            self._seed(lane, begin)
+            twin = copy.deepcopy(lane.model)  # whose buffers a pass may change
+            for step in range(begin, begin + count):
+                losses.append(float(scalar_loss(self.compute_loss(twin, self._batches.at(step, lane.seed))).detach()))
+        if len(losses) == count and np.isfinite(losses).all():
+            lane.looked = losses
 
     def evaluate(self, lane: Lane) -> None:
         """Measure a copy in evaluation mode, where BatchNorm no longer sees the batch: what only it makes of it counts.
 
-        Its statistics are taken anew from the batches it was trained on last; looked at are the batches to come.
+        Its statistics are those of the steps so far, less what is left of their beginning (0 and 1); where weights move
+        fast or layers are many they lag behind, as they would in a run. Looked at are the batches to come.
         """
         if lane.fault or not lane.losses:
             return
         lane.beyond = 0.0
         begin, twin = len(lane.losses), copy.deepcopy(lane.model)
         for norm in (module for module in twin.modules() if isinstance(module, _BatchNorm)):
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
+            _forget_the_beginning(norm)
         losses: list[float] = []
         with contextlib.suppress(*FAILURES), torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
             self._seed(lane, begin)
-            for step in range(max(0, begin - LAST), begin + LAST):
-                twin.train(step < begin)
-                loss = scalar_loss(self.compute_loss(twin, self._batches.at(step, lane.seed)))
-                losses += [] if step < begin else [float(loss.detach())]
+            twin.eval()
+            for step in range(begin, begin + LAST):
+                losses.append(float(scalar_loss(self.compute_loss(twin, self._batches.at(step, lane.seed))).detach()))
         if len(losses) == LAST:
             evaluated = float(np.median(losses))
             lane.beyond = max(0.0, evaluated - lane.result) if math.isfinite(evaluated) else math.inf
@@ -278,6 +307,24 @@ def _step_and_promise(lane: Lane) -> float:
     return sum(float(((old - new.detach()) * gradient.conj()).sum().real) for (old, gradient), new in moved)
 
 
+def _forget_the_beginning(norm: _BatchNorm) -> None:
+    """Take out of running statistics what a few steps have left of their first values.
+
+    Source: Kingma and Ba (2015), arXiv 1412.6980, section 3, for the same correction of moving averages.
+    """
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None or not norm.momentum:
+        return
+    left = (1.0 - norm.momentum) ** int(norm.num_batches_tracked)
+    if left < 1.0:
+        norm.running_mean.div_(1.0 - left)
+        norm.running_var.sub_(left).div_(1.0 - left)
+
+
+def _examples(batch: Any) -> int:
+    """Return the length of the first axis of a batch's first tensor, 0 where it holds none with an axis."""
+    return next((len(tensor) for tensor in tensors(batch) if tensor.ndim), 0)
+
+
 def _chance(model: nn.Module, loss: torch.Tensor) -> float:
     """Return the loss of guessing where this one is the cross-entropy of an untrained classifier, else NaN."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -299,14 +346,20 @@ def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[flo
         treated: One lane per seed, in the same order.
     """
     differences: list[float] = []
+    looked: list[float] = []
     for control, lane in zip(untreated, treated, strict=True):
         if lane.fault:
             return -math.inf, 0.0
+        if lane.looked and len(lane.looked) == len(control.looked):
+            looked += (np.subtract(control.looked, lane.looked) - lane.beyond).tolist()
+            continue
         mine = lane.losses[-LAST:]
         others = [loss for loss in control.losses if math.isfinite(loss)][-len(mine) :]
         if control.fault:
             others = [max(others, default=math.inf)] * len(mine)
         differences.extend(other - own - lane.beyond for other, own in zip(others, mine, strict=False))
+    if looked and not differences:
+        return float(np.mean(looked)), float(np.std(looked)) / math.sqrt(len(looked))
     if not differences:
         return -math.inf, 0.0
     alike = len(differences) >= LAST and sorted(differences)[1] > 0.0

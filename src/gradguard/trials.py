@@ -143,7 +143,11 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         model,
         Race(kept, compute_loss, base_seed=seed),
         _at_the_rate_of(illness, make_optimizer),
-        plan=make_plan(len(entrants), run_steps=run_steps, steps=steps),
+        plan=make_plan(
+            len(entrants) + sum(entrant.remedy.searched for entrant in entrants),  # a search costs as much again
+            run_steps=run_steps,
+            steps=steps,
+        ),
         illness=illness,
         deadline=math.inf if seconds is None else started + seconds,
         progress=progress,

@@ -28,6 +28,10 @@ _BRANCH_PATIENCE = 4
 """Observations for which a branch must stay at zero. Ours: steps 5, 10, 20 and 50 by default; a branch that begins at
 zero comes alive with the first update."""
 
+_FEWEST_LOSSES = 10
+"""Losses of exactly zero in a row, from the first on, that are no coincidence. Ours: a net whose first weights tell two
+classes apart with certainty, one example per batch, gave two."""
+
 
 def find_missing_gradients(history: History, config: GuardConfig) -> Sequence[Finding]:
     """Find trainable parameters at which no gradient arrives.
@@ -183,8 +187,14 @@ def _next_delta(history: History, index: int, zeros: Zeros) -> float:
 
 
 def _zero_everywhere(history: History, config: GuardConfig, patterns: list[Zeros]) -> Finding | None:
-    """A loss whose derivative is zero from the start; one that has reached its minimum is no illness."""
+    """A loss whose derivative is zero from the start; one that has reached its minimum is no illness.
+
+    Nor is one that is itself zero for a few batches, as that of a single example may be.
+    """
     mask = _mask(patterns, ZeroOwner.EVERYWHERE)
+    losses = history.losses[1]
+    if losses.any() or losses.size < _FEWEST_LOSSES:
+        mask &= ~_lossless(history)
     episode = last_episode(mask, patience=1 if history.info.preflight else config.growth_patience)
     if episode is None or episode.first > 0 or loss_progress(history).trend is Trend.FALLEN:
         return None
@@ -201,6 +211,13 @@ def _zero_everywhere(history: History, config: GuardConfig, patterns: list[Zeros
         confidence=0.8,
         evidence={"zero_layers": Evidence(value=len(patterns[episode.last].rows), unit="layers")},
     )
+
+
+def _lossless(history: History) -> BoolArray:
+    """Return the observations at which the loss itself was exactly zero, shape ``[observations]``."""
+    steps, losses = history.losses
+    result: BoolArray = np.isin(history.steps, steps[losses == 0.0])
+    return result
 
 
 def _zero_parameters(history: History, config: GuardConfig) -> list[Finding]:

@@ -1,0 +1,108 @@
+"""Batches of a few examples, in a trial: results over more of them than the last steps saw."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradguard
+from gradguard._race import Batches, Lane, Race, paired_gain
+from tests.models import classification_loss
+from tests.test_trials import net, sgd
+
+
+def examples(size: int, count: int = 80) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return batches of three classes that lie apart."""
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randint(0, 3, (count, size), generator=generator)
+    centres = torch.randn(3, 64, generator=generator)
+    return [(centres[y] + torch.randn(size, 64, generator=generator), y) for y in classes]
+
+
+def lane_of(model: nn.Module, rate: float = 1e-3) -> Lane:
+    """Return a copy in training."""
+    return Lane("", 0, model, sgd(rate)(model))
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 64), (3, 22), (8, 0), (64, 0)])
+def test_a_copy_is_measured_on_the_batches_to_come_where_they_are_small(size: int, count: int) -> None:
+    """Eight steps see eight examples where each brings one."""
+    race, lane = Race(Batches(examples(size), 80), classification_loss, base_seed=0), lane_of(net(2))
+    race.advance(lane, 10)
+    race.look(lane)
+
+    assert len(lane.looked) == count
+    assert lane.result == pytest.approx(np.mean(lane.looked) if count else np.median(lane.losses[-8:]))
+    race.advance(lane, 11)
+    assert lane.looked == []  # of the copy as it was
+
+
+def test_what_is_looked_at_are_losses_by_plain_passes_and_nothing_is_moved() -> None:
+    """Neither weights nor buffers nor random numbers; the batches are those behind the last step."""
+    model = nn.Sequential(nn.Linear(64, 16), nn.LayerNorm(16), nn.Dropout(0.0), nn.Linear(16, 3))
+    data = examples(2)
+    race, lane = Race(Batches(data, 80), classification_loss, base_seed=0), lane_of(model)
+    race.advance(lane, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state, steps = torch.get_rng_state(), race.steps_taken
+    race.look(lane)
+
+    plain = [float(classification_loss(model, batch).detach()) for batch in data[8:40]]
+    assert lane.looked == pytest.approx(plain)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert race.steps_taken == steps
+
+
+def test_gain_over_examples_is_their_mean_and_not_their_median() -> None:
+    """A copy that is certain and wrong on one example in four is no better for being right on the others."""
+    wrong, modest = lane_of(nn.Linear(1, 1)), lane_of(nn.Linear(1, 1))
+    wrong.looked, modest.looked = [0.0, 0.0, 0.0, 9.0] * 16, [0.3] * 64
+
+    gain, error = paired_gain([wrong], [modest])
+
+    assert gain == pytest.approx(2.25 - 0.3)
+    assert error == pytest.approx(np.std(wrong.looked) / 8.0)
+    modest.looked = []
+    wrong.losses, modest.losses = [0.0, 0.0, 0.0, 9.0] * 2, [0.3] * 8
+    assert paired_gain([wrong], [modest])[0] < 0.0
+
+
+def test_a_first_example_that_is_right_by_chance_makes_nothing_a_divergence() -> None:
+    """Its loss is zero, and a hundred times zero would be above every other."""
+    data = examples(1)
+    model = net(2, init="he")
+
+    def lucky(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return classification_loss(model, batch) * (0.0 if batch is data[0] else 1.0)
+
+    race, lane = Race(Batches(data, 80), lucky, base_seed=0), lane_of(model)
+    race.advance(lane, 1)
+    race.set_limit(lane)
+    race.advance(lane, 20)
+
+    assert lane.losses[0] == 0.0
+    assert race.limit > 100.0 * math.log(3.0) / 10.0
+    assert not lane.fault
+
+
+def test_a_rate_that_is_too_high_for_single_examples_is_cured() -> None:
+    """Of three classes that lie apart a net learns what there is to learn, one example at a time."""
+    torch.manual_seed(0)
+    model, data = net(3, init="he"), examples(1, 300)
+    result = gradguard.trial(
+        model, data, classification_loss, sgd(3.0), candidates=["lower-learning-rate", "clip-norm"], run_steps=300
+    )
+    assert result.best is not None
+    optimizer = sgd(3.0)(model)
+    gradguard.apply(result.best, model, optimizer=optimizer, batch=data[0], compute_loss=classification_loss)
+    for batch in data:
+        optimizer.zero_grad()
+        classification_loss(model, batch).backward()
+        optimizer.step()
+    x, y = (torch.cat(part) for part in zip(*examples(1, 300)[200:], strict=True))
+    assert float((model(x).argmax(-1) == y).float().mean()) > 0.9
