@@ -6,6 +6,7 @@ import abc
 import copy
 import inspect
 import io
+import linecache
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from gradguard.errors import UnsupportedModelError
 from gradguard.remedies.initialization import initialize
 from gradguard.remedies.surgery import add_residual, insert_norm, replace_activations, rewritten
 from gradguard.remedies.surgery._ledger import Ledger
+from tests.models import classification_loss
 from tests.surgery import Net
 
 X = torch.linspace(-2.0, 2.0, 5 * 8).reshape(5, 8)
@@ -68,7 +70,7 @@ def code(model: nn.Module, method: str = "forward") -> str:
     return inspect.getsource(getattr(model, method))
 
 
-# ------------------------------------------------------------------------------------------------------ what it computes
+# ----------------------------------------------------------------------------------------------------- what it computes
 
 
 def test_it_computes_what_a_class_with_the_other_function_computes() -> None:
@@ -92,34 +94,19 @@ def test_it_computes_what_a_class_with_the_other_function_computes() -> None:
     assert_equal(reaction(model), before)
 
 
-SPELLINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {}
+def spelt(name: str, write: str) -> type[Plain]:
+    """Return a class with a line of code between its layers."""
+    lines = ["class Spelt(Plain):", "    def forward(self, x):", "        h = self.first(x)", f"        {write}"]
+    return defined("\n".join([*lines, "        return self.last(h)", ""]), name)
 
 
-def spelling(name: str) -> Callable[[type[Plain]], type[Plain]]:
-    """Note a class that writes a hidden activation in some way."""
-
-    def note(kind: type[Plain]) -> type[Plain]:
-        SPELLINGS[name] = kind
-        return kind
-
-    return note
-
-
-def spelt(name: str, write: str, more: str = "") -> type[Plain]:
-    """Return a class whose code is written to a file of its own in memory, as a notebook's is."""
-    text = f"class Spelt(Plain):\n{more}    def forward(self, x):\n        h = self.first(x)\n        {write}\n        return self.last(h)\n"
-    return defined(text, name)
-
-
-def defined(text: str, name: str, kind: str = "Spelt") -> type[Plain]:
-    """Return a class from text."""
-    import linecache
-
+def defined(text: str, name: str) -> type[Plain]:
+    """Return a class from text, whose source is found as that of a notebook's cell is."""
     filename = f"<{name}>"
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     space: dict[str, Any] = {"Plain": Plain, "torch": torch, "F": F, "nn": nn, "Tensor": Tensor, "relu": F.relu}
     exec(compile(text, filename, "exec"), space)  # noqa: S102  # the text stands below
-    return space[kind]  # type: ignore[no-any-return]  # of a namespace
+    return space["Spelt"]  # type: ignore[no-any-return]  # of a namespace
 
 
 @pytest.mark.parametrize(
@@ -148,6 +135,7 @@ def defined(text: str, name: str, kind: str = "Spelt") -> type[Plain]:
         "h = relu(h)",
         "h = F.relu6(h)",
         "h = F.threshold(h, 0.1, 0.0)",
+        "h = torch.threshold(h, 0.1, 0.0)",
         "h = torch.exp(h)",
         "h = (\n            h\n            .tanh(\n            )\n        )",
         "(lambda: h.tanh_())()",
@@ -176,7 +164,7 @@ def test_every_spelling_is_known(write: str) -> None:
         ("h = torch.tanh(*[h])", "not known before it runs"),
         ("h = F.relu(h, inplace=bool(1))", "not known before it runs"),
         ("h = h.tanh() * 2.0", "it is a gate"),
-        ("h = h.tanh() - 1.0", "goes into __sub__"),
+        ("h = h.tanh() - 1.0", "goes into sub,"),
         ("h = [f(h) for f in (torch.tanh,)][0]", "called through a variable"),
         ("h = torch.func.vmap(torch.tanh)(h)", "not in a plain method|through a variable|torch's own"),
         ("h = self.last(torch.tanh(h)) @ torch.ones(3, 16); return h.sigmoid()", "it is at the output"),
@@ -216,7 +204,7 @@ def test_the_new_function_is_that_of_the_new_module(to: Any) -> None:
     assert_equal(reaction(model), reaction(stack))
 
 
-# ---------------------------------------------------------------------------------------------------------- what stays
+# --------------------------------------------------------------------------------------------------------- what stays
 
 
 class Cell(nn.Module):
@@ -302,7 +290,7 @@ class Branching(Plain):
     def forward(self, x: Tensor) -> Tensor:
         """Go one way or the other, by the numbers."""
         x = self.first(x)
-        if x.sum() > 1e6:
+        if x.abs().sum() > 1e6:
             return self.last(torch.sigmoid(self.second(x)).tanh())
         return self.last(torch.tanh(self.second(x)))
 
@@ -314,18 +302,16 @@ def test_a_call_that_did_not_run_stays_and_is_said_to() -> None:
     applied = replace_activations(model, batch=X)
 
     assert applied.changes == ("forward: tanh once as a function > relu",)
-    assert "sigmoid once and tanh once as a function, and the batch did not come there" in applied.skipped["forward"]
+    assert "tanh once and sigmoid once as a function, and the batch did not come there" in applied.skipped["forward"]
     assert torch.equal(model(X + 1e9), twin(X + 1e9))
     assert not torch.equal(model(X), twin(X))
 
 
 class Early(Plain):
     def forward(self, x: Tensor) -> Tensor:
-        """Run the second layer as often as the numbers say."""
-        x = torch.tanh(self.first(x))
-        while x.abs().max() <= 1.0:
-            x = self.second(10.0 * x) + 1.0
-        return self.last(x)
+        """Run the second layer once more where the numbers are large."""
+        x = self.second(torch.tanh(self.first(1e4 * x)))
+        return self.last(self.second(x) if x.abs().max() > 100.0 else x)
 
 
 def test_code_that_goes_by_the_new_numbers_is_refused() -> None:
@@ -464,7 +450,7 @@ def test_the_encoder_layer_of_torch_keeps_its_function() -> None:
         replace_activations(model.train(), "leaky-relu", batch=torch.randn(4, 5, 8))
 
 
-# --------------------------------------------------------------------------------------- modules in modules, and methods
+# -------------------------------------------------------------------------------------- modules in modules, and methods
 
 
 class Block(nn.Module):
@@ -563,7 +549,7 @@ def test_again_and_back() -> None:
     assert type(model) is Sigmoids
 
 
-# ------------------------------------------------------------------------------------------------ copies, pickles, modes
+# ----------------------------------------------------------------------------------------------- copies, pickles, modes
 
 
 def test_copies_run_themselves() -> None:
@@ -577,7 +563,6 @@ def test_copies_run_themselves() -> None:
 
     copies = [
         copy.deepcopy(model),
-        copy.copy(model),
         *(pickle.loads(pickle.dumps(model, protocol)) for protocol in range(2, 6)),  # noqa: S301  # our own
         torch.load(buffer, weights_only=False),
         copy.deepcopy(copy.deepcopy(model)),
@@ -589,6 +574,7 @@ def test_copies_run_themselves() -> None:
         twin.last = nn.Linear(16, 3)
         assert not torch.equal(twin(X), output)
     assert torch.equal(model(X), output)
+    assert torch.equal(copy.copy(model)(X), output)
 
 
 def test_a_pickle_of_other_code_is_refused() -> None:
@@ -657,7 +643,7 @@ def test_a_failure_while_classes_change_leaves_everything(monkeypatch: pytest.Mo
     assert torch.equal(model(X), before)
 
 
-# ------------------------------------------------------------------------------------------------------ what comes after
+# ----------------------------------------------------------------------------------------------------- what comes after
 
 
 def test_other_operations_see_the_new_function() -> None:
@@ -673,27 +659,22 @@ def test_other_operations_see_the_new_function() -> None:
     assert_equal(reaction(model), reaction(twin))
     blocks = Blocks()
     replace_activations(blocks, batch=X, modules=["blocks.0"])
-    assert "blocks.0" in add_residual(blocks, batch=X).skipped  # it has a path already, and is not "the only Block"
-    assert "path" in add_residual_reason(blocks)
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0, blocks\.1: there is a path around it already"):
+        add_residual(blocks, batch=X)  # of one class still, and not each the only one of its own
 
 
-def add_residual_reason(model: nn.Module) -> str:
-    """Return why a block is left alone."""
-    with pytest.raises(UnsupportedModelError) as caught:
-        add_residual(model, batch=X)
-    return str(caught.value)
-
-
-def test_a_trial_cures_a_deep_net_of_functions() -> None:
-    """Twenty sigmoids in code vanish the gradient; ReLU is tried and the model given is left as it was."""
+def test_a_deep_net_of_functions_passes_gradients_afterwards() -> None:
+    """Twelve sigmoids in code vanish the gradient; with ReLU and weights drawn for it, no more."""
     torch.manual_seed(0)
-    model = Deep()
+    model, data = Deep(), (X, torch.zeros(5, dtype=torch.long))
+    before = gradguard.check(model, data, classification_loss)
 
     applied = gradguard.apply("relu", model, batch=X)
 
-    found = gradguard.check(model, (X, torch.zeros(5, dtype=torch.long)), lambda net, b: F.cross_entropy(net(b[0]), b[1]))
+    after = gradguard.check(model, data, classification_loss)
     assert applied.changes[0] == "forward: sigmoid 12 times as a function > relu"
-    assert "GG101" not in {finding.code for finding in found.findings}
+    assert "GG101" in {finding.code for finding in before.findings}
+    assert "GG101" not in {finding.code for finding in after.findings}
 
 
 class Deep(nn.Module):

@@ -161,7 +161,7 @@ def _plan(
         edits.append(
             Edit(words=f"{name}: {type(module).__name__} > {type(_NEW[to]()).__name__}", make=partial(_put, module, to))
         )
-    return edits, skipped, list(layers)
+    return edits, skipped, [name for name in (clean_name(raw) for raw, _ in found.layers()) if name in layers]
 
 
 def _misbehaves(found: Survey, module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import ast
 import inspect
 from collections import Counter
 from dataclasses import dataclass, field
-from types import FunctionType, ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def find_call(source: Source, method: Method, end: tuple[int, int] | None, ops: 
         if call.func.attr.rstrip("_") != name or call.keywords:
             return "it is called through a variable"
         return _in_place(CallSite(index=index, method=True, in_place=call.func.attr.endswith("_")), to)
-    if called is _UNKNOWN or getattr(called, "__name__", "").rstrip("_") != name:
+    if called is _UNKNOWN or getattr(called, "__name__", "").strip("_") != name:
         return "it is called through a variable"
     given = call.args + [word.value for word in call.keywords if word.arg == "input"]
     rest = [*given[1:], *(word.value for word in call.keywords if word.arg != "input")]
@@ -96,8 +96,10 @@ def _value(expression: ast.expr, source: Source, method: Method) -> Any:
         code = method.function.__code__
         if code.co_argcount and expression.id == code.co_varnames[0]:
             return method.module
-        if expression.id in source.variables() or expression.id in code.co_freevars:
+        if expression.id in source.variables():
             return _UNKNOWN
+        if expression.id in code.co_freevars:
+            return _content((method.function.__closure__ or ())[code.co_freevars.index(expression.id)])
         return method.function.__globals__.get(expression.id, _UNKNOWN)
     if not isinstance(expression, ast.Attribute):
         return _UNKNOWN
@@ -106,6 +108,13 @@ def _value(expression: ast.expr, source: Source, method: Method) -> Any:
         value = vars(inside).get(expression.attr, inspect.getattr_static(type(inside), expression.attr, _UNKNOWN))
         return value.__func__ if isinstance(value, staticmethod) else value
     return getattr(inside, expression.attr, _UNKNOWN) if isinstance(inside, (ModuleType, type)) else _UNKNOWN
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return _UNKNOWN
 
 
 def did_not_run(source: Source, method: Method, wanted: frozenset[str]) -> list[tuple[str, int, str]]:

@@ -25,6 +25,14 @@ from gradguard.remedies.surgery.rewritten import CallSite, Rewriting, author_cla
 __all__ = ["Functions", "layers_before", "replace_functions"]
 
 
+_RECURRENT = frozenset(
+    {
+        "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell",
+    }
+)  # fmt: skip
+"""What runs torch's recurrent layers."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Functions:
     """What is to be done about activations in code.
@@ -233,9 +241,11 @@ def _not_hidden(found: Survey, op: Op) -> str:
             return "it is at the output as well as before layers"
         for index in trace.children[here]:
             behind = trace.ops[index]
-            if behind.kind not in {"layer", "norm", "shape", "sum"}:
+            if behind.kind == "layer" or behind.name in _RECURRENT:
+                continue
+            if behind.kind not in {"activation", "norm", "shape", "sum"}:
                 return f"its result goes into {behind.name}, and not only into layers"
-            if behind.kind != "layer" and index not in seen:
+            if index not in seen:
                 seen.add(index)
                 queue.append(index)
     return ""

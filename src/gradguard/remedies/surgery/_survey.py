@@ -147,7 +147,7 @@ class _Observer(_Recorder):
         top = self._stack[-1]
         if affine(top) and module is not None and top.weight is module.weight:
             module = top  # of modules that share a weight the one that runs
-        plain = name if name.startswith("__") else name.rstrip("_")
+        plain = name if name.startswith("__") else name.strip("_")
         self.survey.owners[len(self.trace.ops)] = (top, plain)
         if plain in _ACTIVATIONS:
             self.survey.sites[len(self.trace.ops)] = _site()
