@@ -140,7 +140,7 @@ def _plan(
 ) -> tuple[list[Edit], dict[str, str], list[str]]:
     kinds = _SATURATING if to == "relu" else _SATURATING + DYING
     wanted = _SATURATING_FUNCTIONS if to == "relu" else _SATURATING_FUNCTIONS | _DYING_FUNCTIONS
-    in_code = replace_functions(found, wanted, to.replace("-", "_"), named)
+    in_code = replace_functions(found, wanted, to.replace("-", "_"), named, _whole)
     edits, skipped = in_code.edits, in_code.skipped
     layers = dict.fromkeys(layers_before(found, in_code.ops) if in_code.ops else ())
     for raw, module in found.model.named_modules():
@@ -162,6 +162,11 @@ def _plan(
             Edit(words=f"{name}: {type(module).__name__} > {type(_NEW[to]()).__name__}", make=partial(_put, module, to))
         )
     return edits, skipped, [name for name in (clean_name(raw) for raw, _ in found.layers()) if name in layers]
+
+
+def _whole(found: Survey, module: nn.Module) -> bool:
+    """Whether a module is an activation that is replaced as such; one of its author's own may call ReLU in its code."""
+    return describe(module).role == "activation" or _misbehaves(found, module)
 
 
 def _misbehaves(found: Survey, module: nn.Module) -> bool:

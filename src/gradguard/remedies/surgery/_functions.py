@@ -6,14 +6,14 @@ import abc
 import inspect
 import typing
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
 
 from torch import nn
 
-from gradguard.monitors._describe import clean_name, describe
+from gradguard.monitors._describe import clean_name
 from gradguard.remedies.initialization._trace import Op
 from gradguard.remedies.surgery._calls import Method, did_not_run, find_call
 from gradguard.remedies.surgery._ledger import Ledger
@@ -51,7 +51,11 @@ class Functions:
 
 
 def replace_functions(
-    found: Survey, wanted: frozenset[str], to: str, named: Mapping[str, nn.Module] | None
+    found: Survey,
+    wanted: frozenset[str],
+    to: str,
+    named: Mapping[str, nn.Module] | None,
+    whole: Callable[[Survey, nn.Module], bool],
 ) -> Functions:
     """Plan to call another activation wherever code calls one as a function and its result is hidden.
 
@@ -63,13 +67,14 @@ def replace_functions(
         wanted: Names of the functions to replace.
         to: The function of ``torch.nn.functional`` to call.
         named: Modules whose code it is about; ``None`` for all.
+        whole: Whether a module is an activation that is replaced as such, whatever its code.
     """
     planned = Functions()
     if found.trace is None:
         return planned
     methods = [
         method
-        for method in _methods(found, wanted)
+        for method in _methods(found, wanted, whole)
         if named is None or any(method.module is module for module in named.values())
     ]
     for method in methods:
@@ -82,18 +87,18 @@ def replace_functions(
             planned.skipped[f"{clean_name(raw)}.{same[0].name}".lstrip(".")] = "it did not run on the batch"
     replaced = frozenset(op.index for op in planned.ops)
     for edit in planned.edits[:1]:  # one look at all that runs is enough
-        check = partial(_check, _sequence(found, replaced, to))
+        check = partial(_check, _sequence(found, whole, replaced, to), whole)
         planned.edits[0] = Edit(words=edit.words, make=edit.make, check=check)
     return planned
 
 
-def _methods(found: Survey, wanted: frozenset[str]) -> list[Method]:
+def _methods(found: Survey, wanted: frozenset[str], whole: Callable[[Survey, nn.Module], bool]) -> list[Method]:
     """Return the methods whose code calls activations, in the order in which they first do."""
     names = {id(module): clean_name(name) for name, module in found.model.named_modules()}
     methods: dict[tuple[int, str], Method] = {}
     for op in found.trace.ops if found.trace is not None else ():
         owner = found.owners.get(op.index, (None, ""))[0]
-        if op.name not in wanted or owner is None or owner in found.own or describe(owner).role == "activation":
+        if op.name not in wanted or op.kind != "activation" or owner is None or whole(found, owner):
             continue
         site = found.sites[op.index]
         for module in (site.receiver, owner):
@@ -272,24 +277,24 @@ def layers_before(found: Survey, ops: list[Op]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ what runs afterwards
 
 
-def _sequence(found: Survey, replaced: frozenset[int], to: str) -> list[str]:
-    """Return the names of all operations in order, past modules that are activations, which may be others too."""
-    ops = found.trace.ops if found.trace is not None else ()
+def _sequence(
+    found: Survey, whole: Callable[[Survey, nn.Module], bool], replaced: frozenset[int] = frozenset(), to: str = ""
+) -> list[str]:
+    """Return the names of all operations in order, past modules that are replaced as such, which may be others too."""
     return [
         to if op.index in replaced else op.name
-        for op in ops
-        if (owner := found.owners.get(op.index, (None, ""))[0]) is not None
-        and owner not in found.own
-        and describe(owner).role != "activation"
+        for op in (found.trace.ops if found.trace is not None else ())
+        if (owner := found.owners.get(op.index, (None, ""))[0]) is not None and not whole(found, owner)
     ]
 
 
-def _check(expected: list[str], found: Survey) -> str | None:
-    made = _sequence(found, frozenset(), "")
+def _check(expected: list[str], whole: Callable[[Survey, nn.Module], bool], found: Survey) -> str | None:
+    """Return what is wrong where another sequence of operations runs than was planned."""
+    made = _sequence(found, whole)
     if made == expected:
         return None
-    place = next((i for i, (a, b) in enumerate(zip(made, expected, strict=False)) if a != b), -1)
-    names = (made[place], expected[place]) if 0 <= place < min(len(made), len(expected)) else ("something", "nothing")
+    place = next((i for i, (a, b) in enumerate(zip(made, expected, strict=False)) if a != b), None)
+    names = ("more", "less") if place is None else (made[place], expected[place])
     return (
         f"the code then runs {names[0]} where {names[1]} was expected: it calls the old function past its class, or "
         "goes by the numbers that come out"

@@ -99,8 +99,11 @@ def read(function: FunctionType) -> Source:
         node, owner = found
         node.decorator_list = []
         source = Source(node=node, owner=owner, imports=_imports(tree, code))
-        tree = _surroundings(source, node, function, ())
-        if _same(_compile(tree, source, function, code.co_filename), code):
+        try:
+            compiled = _compile(_surroundings(source, node, function, ()), source, function, code.co_filename)
+        except SyntaxError as error:
+            raise UnreadableError("its code is of a kind that cannot be taken out of its surroundings") from error
+        if _same(compiled, code):
             return replace(source, digest=hashlib.sha256(ast.unparse(node).encode()).hexdigest())
     raise UnreadableError("its source is not what runs: the file has changed, or something has rewritten the code")
 
@@ -181,7 +184,10 @@ def _compile(tree: ast.Module | str, source: Source, function: FunctionType, fil
     """Compile a definition in its surroundings and return its own code."""
     code: CodeType = compile(tree, filename, "exec", flags=function.__code__.co_flags & _FUTURES, dont_inherit=True)
     for name in ("gradguard_surroundings", *(() if source.owner is None else (source.owner,)), source.node.name):
-        code = next(const for const in code.co_consts if isinstance(const, CodeType) and const.co_name == name)
+        inside = [const for const in code.co_consts if isinstance(const, CodeType) and const.co_name == name]
+        if not inside:
+            raise SyntaxError(f"{name} is not where it should be")  # inside the type parameters of a generic
+        code = inside[-1]
     return code
 
 
