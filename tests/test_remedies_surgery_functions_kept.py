@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -218,9 +218,10 @@ def test_a_pickle_of_other_code_is_refused() -> None:
 def test_it_compiles_as_one_graph() -> None:
     """Without a break, forward and backward."""
     torch.compiler.reset()
-    for model in (Sigmoids(), Blocks()):
+    models: tuple[nn.Module, ...] = (Sigmoids(), Blocks())
+    for model in models:
         replace_activations(model, "leaky-relu", batch=X)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = cast("nn.Module", torch.compile(model, backend="aot_eager", fullgraph=True))
 
         torch.testing.assert_close(reaction(compiled), reaction(model))
 

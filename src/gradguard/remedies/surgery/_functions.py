@@ -14,7 +14,7 @@ from types import FunctionType
 from torch import nn
 
 from gradguard.monitors._describe import clean_name
-from gradguard.remedies.initialization._trace import Op
+from gradguard.remedies.initialization._trace import Op, Trace
 from gradguard.remedies.surgery._calls import Method, did_not_run, find_call
 from gradguard.remedies.surgery._ledger import Ledger
 from gradguard.remedies.surgery._operate import Edit
@@ -24,12 +24,9 @@ from gradguard.remedies.surgery.rewritten import CallSite, Rewriting, author_cla
 
 __all__ = ["Functions", "layers_before", "replace_functions"]
 
-
 _RECURRENT = frozenset(
-    {
-        "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell",
-    }
-)  # fmt: skip
+    {"gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell"}
+)
 """What runs torch's recurrent layers."""
 
 
@@ -110,7 +107,7 @@ def _methods(found: Survey, wanted: frozenset[str], whole: Callable[[Survey, nn.
         else:
             if id(owner) not in names:  # code outside the model, such as the loss
                 continue
-            module, known = owner, ("forward", None, _elsewhere(owner, site))
+            module, known = owner, ("forward", None, _not_a_method(owner, site))
         name, function, why = known
         place = f"{names[id(module)]}.{name}".lstrip(".")
         method = methods.setdefault(
@@ -135,7 +132,7 @@ def _named(module: nn.Module, site: Site) -> tuple[str, FunctionType | None, str
     return None
 
 
-def _elsewhere(owner: nn.Module, site: Site) -> str:
+def _not_a_method(owner: nn.Module, site: Site) -> str:
     if site.module.startswith("torch."):
         return "it is torch's own code"
     return (
@@ -239,11 +236,18 @@ def _not_hidden(found: Survey, op: Op) -> str:
         return "it is at the output"
     if not layers_before(found, [op]):
         return "no Linear or convolution layer stands directly before it"
+    return _elsewhere_than_layers(found, trace, op)
+
+
+def _elsewhere_than_layers(found: Survey, trace: Trace, op: Op) -> str:
+    """Return where a result goes other than into layers, past what may stand between two of them."""
     queue, seen = [op.index], {op.index}
     while queue:
         here = queue.pop()
         if here in found.outputs:
             return "it is at the output as well as before layers"
+        if not trace.children[here]:
+            return f"its result also goes where no layer is, by {trace.ops[here].name}"
         for index in trace.children[here]:
             behind = trace.ops[index]
             if behind.kind == "layer" or behind.name in _RECURRENT:

@@ -78,6 +78,7 @@ def _within(outer: CodeType, code: CodeType) -> bool:
     return outer is code or any(isinstance(const, CodeType) and _within(const, code) for const in outer.co_consts)
 
 
+@functools.lru_cache(maxsize=256)  # blocks of one class are many; source that was compared once stays that function's
 def read(function: FunctionType) -> Source:
     """Find the source of a function, and make sure that it is what runs.
 
