@@ -71,10 +71,10 @@ def find_call(source: Source, method: Method, end: tuple[int, int] | None, ops: 
         return "it is called through a variable"
     given = call.args + [word.value for word in call.keywords if word.arg == "input"]
     rest = [*given[1:], *(word.value for word in call.keywords if word.arg != "input")]
+    if any(word.arg == "out" for word in call.keywords):
+        return "it writes to another tensor"
     if not given or isinstance(given[0], ast.Starred) or not all(_is_constant(value) for value in rest):
         return "its arguments are not known before it runs"
-    if any(word.arg in {None, "out"} for word in call.keywords):
-        return "it writes to another tensor"
     true = any(isinstance(value, ast.Constant) and value.value is True for value in rest)
     return _in_place(CallSite(index=index, method=False, in_place=true or called.__name__.endswith("_")), to)
 
