@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tests.models import digit_batch
 
@@ -61,6 +62,34 @@ class ResidualClassifier(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.tail(x)
+
+
+class FunctionalBlock(nn.Module):
+    """Two layers whose activations are functions, one of them in a method of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+
+    def squash(self, x: Tensor) -> Tensor:
+        return self.first(x).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.second(self.squash(x)))
+
+
+class FunctionalClassifier(nn.Module):
+    """Blocks whose activations are functions, then one that works in place and one at the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(FunctionalBlock(64) for _ in range(2)))
+        self.last = nn.Linear(64, 16)
+        self.out = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.logsigmoid(self.out(F.relu(self.last(self.blocks(x)), inplace=True)))
 
 
 class RecurrentClassifier(nn.Module):

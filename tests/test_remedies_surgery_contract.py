@@ -35,6 +35,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "mlp": lambda: surgery.head(64),
     "conv": surgery.ConvClassifier,
     "residual": surgery.ResidualClassifier,
+    "functions": surgery.FunctionalClassifier,
     "recurrent": surgery.RecurrentClassifier,
     "transformer": surgery.TransformerClassifier,
 }
@@ -46,7 +47,7 @@ OPERATIONS: Mapping[str, tuple[Callable[..., Applied], dict[str, Any], tuple[str
     "rms norm": (insert_norm, {"kind": "rms"}, ("mlp", "conv")),
     "layer norm after": (insert_norm, {"kind": "layer", "where": "after"}, ("mlp", "conv")),
     "standardize input": (standardize_input, {}, ("mlp", "conv")),
-    "leaky relu": (replace_activations, {"to": "leaky-relu"}, ("mlp", "conv")),
+    "leaky relu": (replace_activations, {"to": "leaky-relu"}, ("mlp", "functions", "conv")),
     "relu, drawn anew": (replace_activations, {"to": "relu", "initialize_layers": True}, tuple(MODELS)),
     "residual": (add_residual, {}, tuple(MODELS)),
     "residual, batch norm": (add_normalized_residual, {}, ("mlp", "conv")),
@@ -111,7 +112,10 @@ class Picture:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.state = copy.deepcopy(model.state_dict())
         self.ids = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-        self.modules = {name: (id(module), module.training) for name, module in model.named_modules()}
+        self.modules = {
+            name: (id(module), module.training, type(module), sorted(vars(module)))
+            for name, module in model.named_modules()
+        }
         self.hooks = count_hooks(model)
         self.groups = [] if optimizer is None else [[id(p) for p in g["params"]] for g in optimizer.param_groups]
         self.optimizer = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
@@ -159,9 +163,13 @@ def test_a_dry_run_says_the_same_and_changes_nothing(operation: str, model: str)
 
 @every_pair
 def test_each_change_is_where_it_is_said_to_be(operation: str, model: str) -> None:
-    """Each line begins with a module that is another now, or whose weights are; the others are the same objects."""
+    """Each line begins with a module that is another now, or whose weights are, or with a method that has other code.
+
+    The others are the same objects.
+    """
     net = make(model)
     modules = dict(net.named_modules())
+    kinds = {name: type(module) for name, module in modules.items()}
     state = copy.deepcopy(net.state_dict())
 
     applied = operate(operation, net)
@@ -169,7 +177,13 @@ def test_each_change_is_where_it_is_said_to_be(operation: str, model: str) -> No
     said = {line.partition(":")[0] for line in applied.changes}
     after = dict(net.named_modules())
     now = net.state_dict()
-    for name in said:
+    methods = {name for name in said if name not in after}
+    for name in methods:
+        place, _, method = name.rpartition(".")
+        assert getattr(type(after[place]), method) is not getattr(kinds[place], method), name
+    changed = {place for place, module in after.items() if place in kinds and modules[place] is module}
+    assert {n.rpartition(".")[0] for n in methods} == {p for p in changed if type(after[p]) is not kinds[p]}
+    for name in said - methods:
         new = after[name] is not modules[name]
         drawn = any(k.startswith(f"{name}.") and k in now and not torch.equal(v, now[k]) for k, v in state.items())
         assert new or drawn, name

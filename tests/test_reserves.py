@@ -87,8 +87,13 @@ def test_reserves_stay_away_where_somebody_helps() -> None:
     assert "reserve" not in outcomes(held)
 
 
+def squash(x: Tensor) -> Tensor:
+    """Return the sigmoid, in code that no class can replace."""
+    return torch.sigmoid(x)
+
+
 class Functional(nn.Module):
-    """Twenty layers whose sigmoids are functions, so that no other activation can take their place."""
+    """Twenty layers whose sigmoids are called by a function elsewhere, so that no other can take their place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +103,7 @@ class Functional(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shape ``[batch, 10]``."""
         for layer in self.layers:
-            x = torch.sigmoid(layer(x))
+            x = squash(layer(x))
         return self.last(x)
 
 
@@ -108,7 +113,7 @@ def test_models_that_cannot_be_rewritten_get_what_can_be_done() -> None:
     result = gradguard.trial(Functional(), batches(), classification_loss, adam, run_steps=240)
 
     why = {run.remedy: run.why for run in result.runs}
-    assert "cannot be rewritten from outside" in why["relu"]
+    assert "in a function from elsewhere" in why["relu"]
     assert result.best is not None
     assert result.best.remedy == "batch-norm"
 

@@ -244,7 +244,7 @@ class _Recorder(TorchFunctionMode):
         made: list[Tensor],
         module: nn.Module | None,
     ) -> None:
-        plain = name if name.startswith("__") else name.rstrip("_")
+        plain = name if name.startswith("__") else name.strip("_")
         parents = tuple(dict.fromkeys(self._made[t] for t in given if t in self._made))
         op = Op(
             index=len(self.trace.ops),

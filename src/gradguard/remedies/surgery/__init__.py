@@ -2,7 +2,7 @@
 
 ==============================  ===================================================================================
 :func:`insert_norm`             LayerNorm, BatchNorm, GroupNorm or RMSNorm before or after each hidden activation.
-:func:`replace_activations`     Activations that do not saturate, or do not die.
+:func:`replace_activations`     Activations that do not saturate, or do not die, as modules or functions in code.
 :func:`linear_output`           No ReLU behind the last layer.
 :func:`add_residual`            A path around each block.
 :func:`add_normalized_residual` Both: BatchNorm before each hidden activation and a path around each block.

@@ -1,4 +1,4 @@
-"""Other activations in place of those that saturate or die."""
+"""Other activations in place of those that saturate or die, as modules and as functions in code."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gradguard.monitors._describe import clean_name, describe
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.initialization import initialize
 from gradguard.remedies.surgery._chain import chain
+from gradguard.remedies.surgery._functions import layers_before, replace_functions
 from gradguard.remedies.surgery._ledger import Ledger
 from gradguard.remedies.surgery._operate import Edit, checked, operate
 from gradguard.remedies.surgery._survey import Survey, affine, chosen, survey
@@ -48,7 +49,7 @@ _FLAT = 0.05
 """Share of its derivative near 0 below which an activation is flat. Ours: the same figures."""
 
 _SATURATING_FUNCTIONS = frozenset(
-    {"sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign", "logsigmoid", "log_sigmoid"}
+    {"sigmoid", "tanh", "hardsigmoid", "hardtanh", "softsign", "logsigmoid", "log_sigmoid", "exp"}
 )
 _DYING_FUNCTIONS = frozenset({"relu", "relu6", "threshold"})
 
@@ -71,8 +72,15 @@ def replace_activations(  # noqa: PLR0913  # all are keywords with defaults
     grow without bound.
 
     Activations at the output and gates, whose result multiplies something else, stay what they are, unless they are
-    named. So do activations that code calls as functions (``torch.sigmoid(x)``): they cannot be rewritten, and
-    ``skipped`` says in whose code they are.
+    named.
+
+    Activations that a module's own code calls as functions (``torch.sigmoid(x)``, ``F.relu(x, inplace=True)``,
+    ``x.tanh()``), ``exp`` among them, are replaced where their result goes from layers to layers and nowhere else: the
+    module gets a class like its own whose methods call the new function at those places. No other call changes, in
+    whatever order code runs. Copies, pickles and compiled models keep the change, ``inspect.getsource`` shows the code
+    that runs, and a pickle can be read while the code of the class is what it was. ``skipped`` names by module and
+    method the calls that stay, and says why: outputs, gates, calls that serve for several things or that the batch did
+    not come to, functions outside the class, code that is torch's own or whose source cannot be read.
 
     Args:
         model: The model, changed in place.
@@ -80,7 +88,8 @@ def replace_activations(  # noqa: PLR0913  # all are keywords with defaults
         batch: A batch to run once, which shows what is hidden, output and gate; may be left out for a plain
             ``nn.Sequential``.
         compute_loss: Where the batch holds more than the model's inputs: called as ``compute_loss(model, batch)``.
-        modules: Names of the activation modules to replace, of whatever kind; ``None`` for those above.
+        modules: Names of the activation modules to replace, of whatever kind, and of modules whose own code calls
+            hidden activations as functions; ``None`` for those above.
         initialize_layers: Draw the weights of the layers before them anew, with the gain of the new activation: a
             stack with the weights of another does not keep the size of its signals. What was learnt there is lost.
         generator: Seed for the new weights.
@@ -130,9 +139,10 @@ def _plan(
     found: Survey, to: ActivationName, named: dict[str, nn.Module] | None
 ) -> tuple[list[Edit], dict[str, str], list[str]]:
     kinds = _SATURATING if to == "relu" else _SATURATING + DYING
-    edits: list[Edit] = []
-    layers: dict[str, None] = {}
-    skipped = _in_code(found, to)
+    wanted = _SATURATING_FUNCTIONS if to == "relu" else _SATURATING_FUNCTIONS | _DYING_FUNCTIONS
+    in_code = replace_functions(found, wanted, to.replace("-", "_"), named, _whole)
+    edits, skipped = in_code.edits, in_code.skipped
+    layers = dict.fromkeys(layers_before(found, in_code.ops) if in_code.ops else ())
     for raw, module in found.model.named_modules():
         name = clean_name(raw)
         if named is not None and all(module is not other for other in named.values()):
@@ -140,6 +150,8 @@ def _plan(
         if named is None and type(module) not in kinds and not _misbehaves(found, module):
             continue
         if named is not None and describe(module).role != "activation" and module not in found.own:
+            if any(module is other for other in in_code.modules):
+                continue
             raise ValueError(f"modules names {name!r}, which is {type(module).__name__} and no activation")
         reason = _why_not(found, module, by_name=named is not None)
         if reason is not None:
@@ -149,7 +161,12 @@ def _plan(
         edits.append(
             Edit(words=f"{name}: {type(module).__name__} > {type(_NEW[to]()).__name__}", make=partial(_put, module, to))
         )
-    return edits, skipped, list(layers)
+    return edits, skipped, [name for name in (clean_name(raw) for raw, _ in found.layers()) if name in layers]
+
+
+def _whole(found: Survey, module: nn.Module) -> bool:
+    """Whether a module is an activation that is replaced as such; one of its author's own may call ReLU in its code."""
+    return describe(module).role == "activation" or _misbehaves(found, module)
 
 
 def _misbehaves(found: Survey, module: nn.Module) -> bool:
@@ -159,19 +176,6 @@ def _misbehaves(found: Survey, module: nn.Module) -> bool:
         return False
     below, *near, above = np.abs(known.derivative(np.array([-_END, -1.0, 0.0, 1.0, _END])))
     return bool(max(below, above) < _FLAT * max(near)) or math.isinf(known.derivative_bound)
-
-
-def _in_code(found: Survey, to: ActivationName) -> dict[str, str]:
-    """Return where code calls as functions what would be replaced if it were modules."""
-    wanted = _SATURATING_FUNCTIONS if to == "relu" else _SATURATING_FUNCTIONS | _DYING_FUNCTIONS
-    calls: dict[str, list[str]] = {}
-    for (place, function), count in sorted(found.functional(wanted).items()):
-        times = "once" if count == 1 else f"{count} times"
-        calls.setdefault(f"{place}.forward".lstrip("."), []).append(f"{function} {times}")
-    return {
-        place: f"its code calls {' and '.join(words)} as functions, which cannot be rewritten from outside: use modules"
-        for place, words in calls.items()
-    }
 
 
 def _why_not(found: Survey, module: nn.Module, *, by_name: bool) -> str | None:
@@ -210,16 +214,8 @@ def _layers_before(found: Survey, module: nn.Module) -> list[str]:
         order = [(name, m) for name, m in found.model.named_modules() if next(m.children(), None) is None or affine(m)]
         before = order[: next(i for i, (_, m) in enumerate(order) if m is module)]
         return [clean_name(name) for name, m in before if affine(m)][-1:]
-    names = {id(m): clean_name(name) for name, m in found.layers()}
-    queue = [i for op in found.trace.ops if found.owners.get(op.index, (None,))[0] is module for i in op.parents]
-    layers = []
-    while queue:
-        op = found.trace.ops[queue.pop(0)]
-        if op.kind == "layer" and id(op.module) in names:
-            layers.append(names[id(op.module)])
-        elif op.kind in {"norm", "shape", "sum"}:
-            queue += op.parents
-    return layers
+    ops = [op for op in found.trace.ops if found.owners.get(op.index, (None,))[0] is module]
+    return layers_before(found, ops)
 
 
 def _put(module: nn.Module, to: ActivationName, kept: Ledger) -> nn.Module:

@@ -177,7 +177,7 @@ def _target(found: Survey, layer: nn.Module, where: Where) -> tuple[nn.Module, s
     if behind is None:
         return (
             layer,
-            "its activation is a function in code, which cannot be rewritten: nothing can stand after it",
+            "its activation is a function in code, and nothing can stand after it: make it a module",
         )
     if found.trace is not None and len(found.calls_of(behind)) > 1:
         return layer, "its activation module is used at several places"

@@ -13,7 +13,7 @@ from gradguard.monitors._describe import clean_name
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.initialization._targets import check_arguments
 from gradguard.remedies.surgery._ledger import Ledger, ledger
-from gradguard.remedies.surgery._survey import survey
+from gradguard.remedies.surgery._survey import Survey, survey
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -30,11 +30,13 @@ class Edit:
 
     Attributes:
         words: What it does, in one line.
-        make: Makes it; returns the module that must run from then on.
+        make: Makes it; returns the module that must run from then on, ``None`` where there is no new one.
+        check: Takes what runs then, and returns what is wrong with it.
     """
 
     words: str
-    make: Callable[[Ledger], nn.Module]
+    make: Callable[[Ledger], nn.Module | None]
+    check: Callable[[Survey], str | None] | None = None
 
 
 def checked(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
@@ -75,7 +77,11 @@ def operate(
     with ledger(model, optimizers) as kept:
         made = [edit.make(kept) for edit in edits]
         if batch is not None:
-            _run_again(remedy, model, made, batch, compute_loss)
+            found = survey(model, batch, compute_loss)
+            _check_runs(remedy, found, [module for module in made if module is not None])
+            for wrong in (None if edit.check is None else edit.check(found) for edit in edits):
+                if wrong is not None:
+                    raise UnsupportedModelError(f"{remedy} was put in, and {wrong}. Change that code by hand")
         return kept.finish(remedy, changes, skipped)
 
 
@@ -90,11 +96,9 @@ def _grouped(skipped: Mapping[str, str]) -> str:
     )
 
 
-def _run_again(
-    remedy: str, model: nn.Module, made: Sequence[nn.Module], batch: Any, compute_loss: Callable[[Any, Any], Any] | None
-) -> None:
-    ran = {id(found.module) for found in survey(model, batch, compute_loss).calls}
-    names = {id(module): clean_name(name) for name, module in model.named_modules()}
+def _check_runs(remedy: str, found: Survey, made: Sequence[nn.Module]) -> None:
+    ran = {id(call.module) for call in found.calls}
+    names = {id(module): clean_name(name) for name, module in found.model.named_modules()}
     for module in made:
         if id(module) not in ran:
             raise UnsupportedModelError(

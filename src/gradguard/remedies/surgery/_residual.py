@@ -20,6 +20,7 @@ from gradguard.remedies.surgery._ledger import Ledger
 from gradguard.remedies.surgery._operate import Edit, checked, operate
 from gradguard.remedies.surgery._survey import Call, Survey, affine, chosen, pass_over, survey
 from gradguard.remedies.surgery.modules import Normalized, Residual
+from gradguard.remedies.surgery.rewritten import author_class
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -140,7 +141,7 @@ def _found(found: Survey, skipped: dict[str, str]) -> list[_Block]:
 
     Of the user's own classes those count that the model has several modules of: a lone one may be the whole net.
     """
-    kinds = Counter(type(module) for name, module in found.model.named_modules() if name and _own_block(module))
+    kinds = Counter(author_class(module) for name, module in found.model.named_modules() if name and _own_block(module))
     inside = {*pass_over(found.model)}
     inside |= {id(m) for outer in found.model.modules() if isinstance(outer, Residual) for m in outer.modules()}
     blocks: list[_Block] = []
@@ -150,7 +151,7 @@ def _found(found: Survey, skipped: dict[str, str]) -> list[_Block]:
             continue
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             blocks += _runs(name, module)
-        elif raw and _own_block(module) and kinds[type(module)] == 1:
+        elif raw and _own_block(module) and kinds[author_class(module)] == 1:
             skipped[name] = f"it is the only {type(module).__name__}; if it is a block, name it in modules="
         elif raw and _own_block(module):
             blocks.append(_Block(name=name, members=(module,)))

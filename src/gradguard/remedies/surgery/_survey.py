@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -14,16 +16,36 @@ from torch.nn.utils import parametrize
 
 from gradguard import theory
 from gradguard._untouched import untouched
-from gradguard.monitors._describe import clean_name, describe
+from gradguard.monitors._describe import clean_name
 from gradguard.monitors._trees import floating_tensors
 from gradguard.remedies.initialization._custom import custom_activations
 from gradguard.remedies.initialization._following import following_by_order, following_by_trace
-from gradguard.remedies.initialization._trace import Trace, _Recorder, call
+from gradguard.remedies.initialization._trace import _ACTIVATIONS, Trace, _Recorder, call
 from gradguard.remedies.surgery.modules import Normalized
 
-__all__ = ["Call", "Survey", "affine", "chosen", "pass_over", "survey"]
+__all__ = ["Call", "Site", "Survey", "affine", "chosen", "pass_over", "survey"]
 
 _TRANSFORMER = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
+
+_BETWEEN = frozenset({__name__, _Recorder.__module__, "torch.nn.functional", "torch.overrides", "torch._jit_internal"})
+"""Modules whose code lies between the call of an activation function and what sees it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """The place in code that calls a function.
+
+    Attributes:
+        code: The code.
+        end: Line and column at which the call ends; those of Python are zero-based bytes.
+        receiver: The first argument of that code where it is a module: ``self`` of a method.
+        module: Name of the Python module that the code is of.
+    """
+
+    code: CodeType
+    end: tuple[int, int] | None
+    receiver: nn.Module | None
+    module: str
 
 
 @dataclass(slots=True)
@@ -59,6 +81,8 @@ class Survey:
         calls: Calls of modules, in the order in which they end.
         owners: For each operation the module whose code ran it, and the name of the function.
         own: Activations that the model's author wrote, with what they compute.
+        sites: For each activation the place in code that called it as a function.
+        outputs: The operations whose results the model returns.
     """
 
     model: nn.Module
@@ -66,6 +90,8 @@ class Survey:
     calls: list[Call] = field(default_factory=list)
     owners: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
     own: Mapping[nn.Module, theory.Activation] = field(default_factory=dict)
+    sites: dict[int, Site] = field(default_factory=dict)
+    outputs: set[int] = field(default_factory=set)
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """Return the calls of one module."""
@@ -99,15 +125,6 @@ class Survey:
                 return owner
         return None
 
-    def functional(self, names: frozenset[str]) -> Counter[tuple[str, str]]:
-        """Count calls of activation functions in code, by name of the module whose code it is and of the function."""
-        called = {id(module): clean_name(name) for name, module in self.model.named_modules()}
-        return Counter(
-            (called[id(owner)], name)
-            for owner, name in self.owners.values()
-            if name in names and id(owner) in called and describe(owner).role != "activation"
-        )
-
 
 class _Observer(_Recorder):
     """Records operations as well as whose code runs them, and what each module takes and gives."""
@@ -130,7 +147,10 @@ class _Observer(_Recorder):
         top = self._stack[-1]
         if affine(top) and module is not None and top.weight is module.weight:
             module = top  # of modules that share a weight the one that runs
-        self.survey.owners[len(self.trace.ops)] = (top, name if name.startswith("__") else name.rstrip("_"))
+        plain = name if name.startswith("__") else name.strip("_")
+        self.survey.owners[len(self.trace.ops)] = (top, plain)
+        if plain in _ACTIVATIONS:
+            self.survey.sites[len(self.trace.ops)] = _site()
         super()._record(name, args, kwargs, given, made, module)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -151,8 +171,26 @@ class _Observer(_Recorder):
             self.enclose(entry.first, output, self.survey.own[module])
         if isinstance(output, Tensor):
             entry.made, entry.made_shape = self._made.get(output), tuple(output.shape)
+        if module is self.survey.model:
+            self.survey.outputs |= {self._made[made] for made in floating_tensors(output) if made in self._made}
         entry.in_place = given is not None and given._version != version
         self.survey.calls.append(entry)
+
+
+def _site() -> Site:
+    """Return the place in code that called the function which is being recorded."""
+    frame = sys._getframe(1)  # noqa: SLF001  # the public way builds the whole stack and reads source files
+    while frame.f_back is not None and frame.f_globals.get("__name__") in _BETWEEN:
+        frame = frame.f_back
+    code = frame.f_code
+    _, line, _, column = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return Site(
+        code=code,
+        end=None if line is None or column is None else (line, column),
+        receiver=first if isinstance(first, nn.Module) else None,
+        module=str(frame.f_globals.get("__name__")),
+    )
 
 
 def survey(model: nn.Module, batch: Any = None, compute_loss: Callable[[Any, Any], Any] | None = None) -> Survey:
