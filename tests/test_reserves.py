@@ -17,6 +17,7 @@ from gradguard._contest import Contest
 from gradguard._entrant import Entrant
 from gradguard._health import Health
 from gradguard._judgement import Judgement
+from gradguard._measuring import evaluate
 from gradguard._plan import make_plan
 from gradguard._race import Batches, Lane, Race, paired_gain
 from gradguard.findings import Finding, Prescription, Severity
@@ -189,7 +190,7 @@ def test_what_only_the_batch_makes_good_does_not_count(shifts: bool) -> None:
     ran = Race(Batches(data, 24), squares, base_seed=0)
     ran.advance(lane, 200)
     before, weights, trained = lane.result, copy.deepcopy(model.state_dict()), model.training
-    ran.evaluate(lane)
+    evaluate(ran, lane)
 
     assert (lane.beyond > 0.3) is shifts
     assert lane.result == pytest.approx(before + lane.beyond)
@@ -210,7 +211,7 @@ def test_a_model_that_fails_in_evaluation_mode_is_judged_by_training_alone() -> 
     lane = Lane("", 0, model, sgd(0.01)(model))
     ran = Race(Batches(batches(4), 4), loss, base_seed=0)
     ran.advance(lane, 8)
-    ran.evaluate(lane)
+    evaluate(ran, lane)
 
     assert (lane.beyond, lane.fault) == (0.0, "")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gradguard
+from gradguard._measuring import look
 from gradguard._race import Batches, Lane, Race, paired_gain
 from tests.models import classification_loss
 from tests.test_trials import net, sgd
@@ -33,7 +34,7 @@ def test_a_copy_is_measured_on_the_batches_to_come_where_they_are_small(size: in
     """Eight steps see eight examples where each brings one."""
     race, lane = Race(Batches(examples(size), 80), classification_loss, base_seed=0), lane_of(net(2))
     race.advance(lane, 10)
-    race.look(lane)
+    look(race, lane)
 
     assert len(lane.looked) == count
     assert lane.result == pytest.approx(np.mean(lane.looked) if count else np.median(lane.losses[-8:]))
@@ -49,7 +50,7 @@ def test_what_is_looked_at_are_losses_by_plain_passes_and_nothing_is_moved() -> 
     race.advance(lane, 8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state, steps = torch.get_rng_state(), race.steps_taken
-    race.look(lane)
+    look(race, lane)
 
     plain = [float(classification_loss(model, batch).detach()) for batch in data[8:40]]
     assert lane.looked == pytest.approx(plain)
@@ -82,6 +83,7 @@ def test_a_first_example_that_is_right_by_chance_makes_nothing_a_divergence() ->
 
     race, lane = Race(Batches(data, 80), lucky, base_seed=0), lane_of(model)
     race.advance(lane, 1)
+    look(race, lane)
     race.set_limit(lane)
     race.advance(lane, 20)
 
@@ -92,13 +94,17 @@ def test_a_first_example_that_is_right_by_chance_makes_nothing_a_divergence() ->
 
 def test_a_rate_that_is_too_high_for_single_examples_is_cured() -> None:
     """Of three classes that lie apart a net learns what there is to learn, one example at a time."""
+
+    def fast(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=0.3)
+
     torch.manual_seed(0)
     model, data = net(3, init="he"), examples(1, 300)
     result = gradguard.trial(
-        model, data, classification_loss, sgd(3.0), candidates=["lower-learning-rate", "clip-norm"], run_steps=300
+        model, data, classification_loss, fast, candidates=["lower-learning-rate", "clip-norm"], run_steps=300
     )
     assert result.best is not None
-    optimizer = sgd(3.0)(model)
+    optimizer = fast(model)
     gradguard.apply(result.best, model, optimizer=optimizer, batch=data[0], compute_loss=classification_loss)
     for batch in data:
         optimizer.zero_grad()

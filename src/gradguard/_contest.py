@@ -10,9 +10,11 @@ from torch import nn
 
 from gradguard._copies import Copies, OutOfTime
 from gradguard._easing import EASED, OVERSHOOTS, UNDERSHOOTS, does_better, halved
-from gradguard._entrant import Entrant, projected
-from gradguard._health import THROUGH_TIME, Health
-from gradguard._judgement import NOTICEABLE, Judgement, guesses
+from gradguard._entrant import NOTICEABLE, Entrant, by_promise, far_behind, idles
+from gradguard._health import EVENTS, LATE, OF_RUNS, SCREENED, THROUGH_TIME, Health
+from gradguard._judgement import Judgement, guesses
+from gradguard._measuring import is_coarse
+from gradguard._mending import first_that_is_harmless, first_that_mends
 from gradguard._plan import Plan
 from gradguard._race import Lane, Race, check_memory
 from gradguard._rates import HALF_A_DECADE
@@ -23,20 +25,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["Contest"]
-
-_HALF = 0.5
-"""Share of an illness's decades that a cure may leave where no loss tells. Ours: over 60 steps orthogonal weights leave
-3.7 of 15.5 decades to a tanh RNN."""
-
-_EVENTS = frozenset({"GG103", "GG402", "GG505", "GG701", "GG702", "GG703"})
-"""Illnesses that come over a run that was well until then: spikes, divergence, steps far above the usual ones, weights
-and attention logits that grow."""
-
-_LATE = 20
-"""Step from which on they came late: a trial from the first weights may be over before they show. Ours."""
-
-_OF_RUNS = frozenset({"GG103", "GG402", "GG501", "GG502", "GG504", "GG505", "GG702", "GG703"})
-"""Illnesses that only a run shows: what it has shown outweighs the few steps in which a copy does well."""
 
 _ENOUGH = 2
 """Promising candidates below which reserves enter. Ours: filling up to five costs a third more and cures 2 of 219."""
@@ -51,17 +39,11 @@ yet. Ours."""
 _FAR_AHEAD = 0.75
 """Share of the untreated copy's loss below which a cure stands far ahead of it before the last rung. Ours: RESULT."""
 
-_FAR_BEHIND = 0.5
-"""Share of another's loss at which a cure leads it by far before the last rung. Ours: RESULT3."""
-
 _WON = 0.4
 """Share of the untreated copy's loss below which a race is won by far. Ours: RESULT2."""
 
 _RETRIES = 2
 """Times that a rate is lowered by half a decade where it diverges after the search. Ours."""
-
-_SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
-"""Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
 
 
 class Contest:
@@ -119,9 +101,9 @@ class Contest:
     def _run(self) -> None:
         self._control = [self._copies.untreated(0)]
         first = self._control[0]
-        self._copies.advance(first, 1)
+        self._copies.advance_to_end(first, 1)
         self._race.set_limit(first)
-        whole = self._race.is_coarse or self._came_late
+        whole = is_coarse(self._race) or self._came_late
         self._copies.advance_to_end(first, self._plan.length if whole else self._plan.before_last)
         self.shown = self._shows()
         for entrant in self._entrants:
@@ -146,7 +128,7 @@ class Contest:
 
     @property
     def _came_late(self) -> bool:
-        return self._illness in _EVENTS and self._onset >= _LATE
+        return self._illness in EVENTS and self._onset >= LATE
 
     def _shows(self) -> bool:
         """Whether the untreated copy is ill: what began late in a run need not show in its first steps."""
@@ -178,15 +160,16 @@ class Contest:
                 self._replace(entrant, slower)
 
     def _make_sure(self) -> None:
-        """Let a short race go on to where it tells, with the best of those who were dropped, unless it is won by far.
+        """Let a short race that BatchNorm leads go on to where it tells, unless it is won by far.
 
-        What falls first need not fall furthest: in 16 steps BatchNorm leads where in 60 ReLU does.
+        What falls first need not fall furthest: in 16 steps BatchNorm leads where in 60 others do. The best of those
+        who were dropped comes back for it.
         """
         leader, untreated = self.judgement.leader, self.judgement.control_loss()
-        if leader is None or leader.remedy.level == 0 or not self._length < _SLOW <= self._plan.longest:
+        if leader is None or not self._length < _SLOW <= self._plan.longest:
             return
         won = math.isfinite(untreated) and leader.result < _WON * untreated
-        if won or not self.judgement.helps(leader):
+        if won or not self._copies.adds_batch_norm(leader.lanes[0]) or not self.judgement.helps(leader):
             return
         dropped = [item for item in self._entrants if item.outcome == "dropped" and not item.screened and item.lanes]
         for entrant in sorted(dropped, key=lambda item: item.lanes[0].halves(self._length)[1])[:1]:
@@ -222,7 +205,7 @@ class Contest:
             return
         for rung, keep in self._plan.overtime:
             lost = bool(self._control[0].fault) and math.isnan(self._race.chance)
-            slow = self._learns() and (rung > _SLOW or self._illness not in _SCREENED)
+            slow = self._learns() and (rung > _SLOW or self._illness not in SCREENED)
             if not self.shown or lost or slow or self.judgement.somebody_helps(clearly=rung <= _SLOW):
                 return
             if rung == self._plan.overtime[0][0]:
@@ -302,35 +285,17 @@ class Contest:
             return
         self._cut(rung, keep)
         rest = self._running()
-        idle = [entrant for entrant in rest if self._idles(entrant, rung)]
+        idle = [entrant for entrant in rest if idles(entrant, self._control[0], rung)]
         if rung != self._plan.rungs[0] and len(idle) < len(rest):
             for entrant in idle:
                 self._drop(entrant, "dropped", f"no better than nothing after {rung} steps")
         if rung == self._plan.before_last:
-            self._drop_far_behind(rung)
-
-    def _drop_far_behind(self, rung: int) -> None:
-        """Let the last steps be those of cures that one which leads by far has not left behind."""
-        stand = {id(entrant): entrant.lanes[0].halves(rung)[1] for entrant in self._running()}
-        best = min(stand.values(), default=math.nan)
-        for entrant in self._running() if best > 0.0 else ():
-            if best < _FAR_BEHIND * stand[id(entrant)]:
+            for entrant in far_behind(self._running(), rung):
                 self._drop(entrant, "dropped", f"far behind after {rung} steps")
 
     def _cut(self, rung: int, keep: int) -> None:
-        running = sorted(self._running(), key=lambda item: (self._idles(item, rung), projected(item.lanes[0], rung)))
-        for entrant in running[keep:]:
+        for entrant in by_promise(self._running(), self._control[0], rung)[keep:]:
             self._drop(entrant, "dropped", f"behind the others after {rung} steps")
-
-    def _idles(self, entrant: Entrant, rung: int) -> bool:
-        """Whether a copy neither stands better nor falls faster than the untreated one."""
-        control = self._control[0]
-        if control.fault:
-            return False
-        early, late = entrant.lanes[0].halves(rung)
-        before, after = control.halves(rung)
-        tolerance = 0.5 * NOTICEABLE * abs(after)
-        return late > after - tolerance and early - late < max(0.0, before - after) + tolerance
 
     def _running(self) -> list[Entrant]:
         return [entrant for entrant in self._entrants if not entrant.out and entrant.lanes]
@@ -357,7 +322,7 @@ class Contest:
     def _screen(self) -> None:
         """Drop cures that leave before the first step what a check sees in the untreated model; let reserves enter."""
         promising = [entrant for entrant in self._running() if not self._is_hopeless(entrant)]
-        for entrant in self._reserves if self._illness in _SCREENED else ():
+        for entrant in self._reserves if self._illness in SCREENED else ():
             if len(promising) >= _ENOUGH:
                 break
             self._enter(entrant)
@@ -370,7 +335,7 @@ class Contest:
                 self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness}")
 
     def _is_hopeless(self, entrant: Entrant) -> bool:
-        if self._illness not in _SCREENED or entrant.remedy.acts_on != "model":
+        if self._illness not in SCREENED or entrant.remedy.acts_on != "model":
             return False
         return self._illness in self._health.at_first() and self._illness in self._health.after(entrant.lanes[0])
 
@@ -399,30 +364,17 @@ class Contest:
             return
         self._mender = self._first_that_mends() if self.shown else None
         learns = self._control[0].fault or self._learns()
-        told = self._lasted > 0 and (self._illness in _OF_RUNS or not learns)
+        told = self._lasted > 0 and (self._illness in OF_RUNS or not learns)
         self.unproven = self._mender is None and (not self.shown or told)
         if self.unproven:
-            self._mender = self._first_that_is_harmless()
+            self._mender = first_that_is_harmless(self._entrants, self.judgement)
 
     def _learns(self) -> bool:
         """Whether the untreated copy learns more than to guess."""
         control = self._control[0]
         return control.falls(self._length, share=NOTICEABLE) and not guesses(control.result, self._race.chance)
 
-    def _first_that_is_harmless(self) -> Entrant | None:
-        """Return the first cure that costs nothing in these steps."""
-        untreated, finished = self.judgement.control_loss(), self.judgement.finished()
-        allowed = untreated + NOTICEABLE * abs(untreated)
-        return next((entrant for entrant in self._entrants if entrant in finished and entrant.result <= allowed), None)
-
     def _first_that_mends(self) -> Entrant | None:
-        """Return the first cure after which a check no longer finds the illness, where no loss tells.
-
-        Some runs learn nothing for hundreds of steps even when they are healthy, others lose little by little: no trial
-        is long enough for their loss. What a check sees of the illness in the untreated copy, and not in the treated
-        one, is then all there is to go by; or what leaves the fewest decades of it, half of them at most. In an
-        untreated copy that learns it must still be there at the end.
-        """
         control = self._control[0]
         after = control.halves(self._length)[1]
         found = self._health.after(control)
@@ -430,18 +382,9 @@ class Contest:
             found = found | self._health.at_first()
         if self._illness not in found:
             return None
-        least, mender = _HALF * found[self._illness], None
-        for entrant in self._entrants:
-            if not entrant.lanes or entrant.lanes[0].fault or not entrant.lanes[0].losses:
-                continue
-            last = len(entrant.lanes[0].losses)
-            worse = entrant.lanes[0].halves(last)[1] - control.halves(last)[1]
-            left = self._health.after(entrant.lanes[0])
-            remains = left.get(self._illness, 0.0)
-            if remains < least and left.keys() <= found.keys() and not worse > 0.5 * NOTICEABLE * abs(after):
-                least, mender = remains, entrant
-                entrant.healthy = remains == 0.0
-        return mender
+        return first_that_mends(
+            self._entrants, control, self._health, found, self._illness, allowed=0.5 * NOTICEABLE * abs(after)
+        )
 
     @property
     def judgement(self) -> Judgement:

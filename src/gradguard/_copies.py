@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradguard._entrant import Entrant
+from gradguard._measuring import evaluate, look
 from gradguard._plan import LOOK
 from gradguard._race import DRAW, Lane, Race, checked_optimizer, copy_of
 from gradguard._rates import HALF_A_DECADE, search_rate
@@ -107,9 +108,13 @@ class Copies:
         On more batches where they are small; in evaluation mode where a cure has put BatchNorm into a model that had
         none.
         """
-        self._race.look(lane)
-        if not self._normalized and any(isinstance(module, _BatchNorm) for module in lane.model.modules()):
-            self._race.evaluate(lane)
+        look(self._race, lane)
+        if self.adds_batch_norm(lane):
+            evaluate(self._race, lane)
+
+    def adds_batch_norm(self, lane: Lane) -> bool:
+        """Whether a cure has put BatchNorm into a model that had none."""
+        return not self._normalized and any(isinstance(module, _BatchNorm) for module in lane.model.modules())
 
     def at_rate(self, cure: Prescription, remedy: Remedy, factor: float, until: int) -> Entrant:
         """Return a cure at another rate, trained up to a step."""
@@ -127,7 +132,7 @@ class Copies:
             lane = self.treated(entrant)
             lane.ratios = []
             self.advance(lane, steps)
-            self._race.look(lane, examples=_TO_TELL)
+            look(self._race, lane, examples=_TO_TELL)
             loss = math.inf if lane.fault else lane.result if lane.looked else sum(lane.losses[-2:]) / 2
             return loss, statistics.median(lane.ratios) if lane.ratios else math.nan
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gradguard._race import Lane
 from gradguard.findings import Prescription
 from gradguard.remedies.catalogue import Remedy
 
-__all__ = ["Entrant", "projected"]
+__all__ = ["NOTICEABLE", "Entrant", "by_promise", "far_behind", "idles"]
+
+NOTICEABLE = 0.02
+"""Share of the untreated loss by which a cure must lower it. Ours: copies that differ by their random numbers alone end
+within 1 %."""
+
+_FAR_BEHIND = 0.5
+"""Share of another's loss at which a cure leads it by far before the last rung. Ours: RESULT3."""
+
 
 _MOST = 0.5
 """Factor by which a loss is taken to fall at best: a net whose first loss is in the hundreds falls tenfold in a few
@@ -47,7 +56,29 @@ class Entrant:
         return math.inf if not self.lanes else sum(lane.result for lane in self.lanes) / len(self.lanes)
 
 
-def projected(lane: Lane, rung: int) -> float:
+def by_promise(entrants: Sequence[Entrant], control: Lane, rung: int) -> list[Entrant]:
+    """Return candidates by where their losses are going after so many steps; those that idle come last."""
+    return sorted(entrants, key=lambda item: (idles(item, control, rung), _projected(item.lanes[0], rung)))
+
+
+def far_behind(entrants: Sequence[Entrant], rung: int) -> list[Entrant]:
+    """Return those whose loss is a multiple of that of the best one after so many steps."""
+    stand = [(entrant, entrant.lanes[0].halves(rung)[1]) for entrant in entrants]
+    best = min((loss for _, loss in stand), default=math.nan)
+    return [entrant for entrant, loss in stand if 0.0 < best < _FAR_BEHIND * loss]
+
+
+def idles(entrant: Entrant, control: Lane, rung: int) -> bool:
+    """Whether a copy neither stands better nor falls faster than the untreated one."""
+    if control.fault:
+        return False
+    early, late = entrant.lanes[0].halves(rung)
+    before, after = control.halves(rung)
+    tolerance = 0.5 * NOTICEABLE * abs(after)
+    return late > after - tolerance and early - late < max(0.0, before - after) + tolerance
+
+
+def _projected(lane: Lane, rung: int) -> float:
     """Return where a loss is going: it falls by the same factor again, at most by half, or rises by twice as much."""
     early, late = lane.halves(rung)
     if 0.0 < late < early:

@@ -11,10 +11,24 @@ from gradguard._untouched import FAILURES
 from gradguard.findings import Finding, Severity
 from gradguard.preflight import check
 
-__all__ = ["THROUGH_TIME", "Health"]
+__all__ = ["EVENTS", "LATE", "OF_RUNS", "SCREENED", "THROUGH_TIME", "Health"]
 
 THROUGH_TIME = frozenset({"GG111", "GG112"})
 """Illnesses of recurrent nets, measured over time steps."""
+
+
+EVENTS = frozenset({"GG103", "GG402", "GG505", "GG701", "GG702", "GG703"})
+"""Illnesses that come over a run that was well until then: spikes, divergence, steps far above the usual ones, weights
+and attention logits that grow."""
+
+LATE = 20
+"""Step from which on they came late: a trial from the first weights may be over before they show. Ours."""
+
+OF_RUNS = frozenset({"GG103", "GG402", "GG501", "GG502", "GG504", "GG505", "GG702", "GG703"})
+"""Illnesses that only a run shows: what it has shown outweighs the few steps in which a copy does well."""
+
+SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
+"""Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
 
 
 class Health:

@@ -6,20 +6,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from gradguard._entrant import Entrant
+from gradguard._entrant import NOTICEABLE, Entrant
 from gradguard._race import DRAW, SURE, Lane, paired_gain
 from gradguard.findings import Effect, Prescription
 from gradguard.outcomes import TrialRun
 
-__all__ = ["NOTICEABLE", "Judgement", "guesses"]
+__all__ = ["Judgement", "guesses"]
 
 _NEAR_BEST = 0.95
 """Share of the best gain from which a less invasive cure is preferred. Source: ours, algorithms.md, section K: within
 5 % of the best, the least invasive."""
-
-NOTICEABLE = 0.02
-"""Share of the untreated loss by which a cure must lower it. Ours: copies that differ by their random numbers alone end
-within 1 %."""
 
 _GUESSING = (0.97, 1.1)
 """Shares of ln(classes) between which a classifier guesses, and is as good as any other that does: a last bias that is

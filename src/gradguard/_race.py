@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradguard._arguments import refuse_compiled
 from gradguard._passes import scalar_loss
@@ -21,7 +20,6 @@ from gradguard._untouched import FAILURES, cuda_devices
 from gradguard.detectors._loss import CHANCE_BAND
 from gradguard.detectors._numbers import median_with_error
 from gradguard.errors import UnsupportedModelError
-from gradguard.monitors._trees import tensors
 from gradguard.monitors.losses import is_cross_entropy
 
 if TYPE_CHECKING:
@@ -46,10 +44,6 @@ one batch that weighs ten thousand times the others is the whole mean."""
 
 SURE = 2.0
 """Standard errors by which losses must differ. Ours: one in twenty by chance."""
-
-_ENOUGH_EXAMPLES = 64
-"""Examples that a result is taken over at least. Ours: batches of one give eight examples in eight steps; of 13 sick
-runs on batches of 1 to 4 examples RESULT."""
 
 _FEWEST = 4
 """Losses below which nothing is said of a fall. Ours: two medians of two."""
@@ -115,9 +109,9 @@ class Lane:
         gains: What each step gained on its own batch as a share of what the gradient promised, 1 for steps that are
             small enough and below 0 where the loss rose; ``None`` where it is not measured.
         gain: Median of those measured last, NaN for none.
-        beyond: By how much its loss in evaluation mode lies above its result, at least 0; see :meth:`Race.evaluate`.
+        beyond: By how much its loss in evaluation mode lies above its result, at least 0; see ``_measuring``.
         looked: Losses on the batches to come, as far as it is trained now, where batches are too small for the last few
-            steps to tell; see :meth:`Race.look`.
+            steps to tell; likewise.
         devices: CUDA devices of the copy, whose generators a step moves.
     """
 
@@ -198,13 +192,17 @@ class Race:
         return math.nan if self._chance is None else self._chance
 
     @property
+    def kept(self) -> int:
+        """How many batches there are."""
+        return len(self._batches)
+
+    @property
     def batch(self) -> Any:
         """The first batch, for remedies and checks that run the model once."""
         return self._batches.at(0, 0)
 
     def set_limit(self, untreated: Lane) -> None:
         """Derive from the untreated copy's first loss where divergence begins; that of one example may be zero."""
-        self.look(untreated)
         first = max((abs(loss) for loss in (*untreated.losses[:1], *untreated.looked)), default=math.nan)
         self.limit = _BLOWN_UP * max(first, 1e-6) if math.isfinite(first) else math.inf
 
@@ -223,46 +221,21 @@ class Race:
             if not math.isfinite(value) or all(abs(loss) > self.limit for loss in lane.losses[-_IN_A_ROW:]):
                 lane.fault = "diverged"
 
-    @property
-    def is_coarse(self) -> bool:
-        """Whether batches hold so few examples that the last losses of a copy say little."""
-        return 0 < LAST * _examples(self.batch) < _ENOUGH_EXAMPLES
+    def losses_ahead(self, model: nn.Module, lane: Lane, count: int) -> list[float]:
+        """Return the losses of a model on the batches to come of a lane, without a step; fewer where one fails.
 
-    def look(self, lane: Lane, *, examples: int = _ENOUGH_EXAMPLES) -> None:
-        """Measure a copy on the batches to come, without a step, where batches are small."""
-        if lane.fault or not lane.losses or not self.is_coarse:
-            return
-        begin, losses = len(lane.losses), []
-        count = min(len(self._batches), math.ceil(examples / _examples(self.batch)))
-        with contextlib.suppress(*FAILURES), torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
-            self._seed(lane, begin)
-            twin = copy.deepcopy(lane.model)  # whose buffers a pass may change
-            for step in range(begin, begin + count):
-                losses.append(float(scalar_loss(self.compute_loss(twin, self._batches.at(step, lane.seed))).detach()))
-        if len(losses) == count and np.isfinite(losses).all():
-            lane.looked = losses
-
-    def evaluate(self, lane: Lane) -> None:
-        """Measure a copy in evaluation mode, where BatchNorm no longer sees the batch: what only it makes of it counts.
-
-        Its statistics are those of the steps so far, less what is left of their beginning (0 and 1); where weights move
-        fast or layers are many they lag behind, as they would in a run. Looked at are the batches to come.
+        Args:
+            model: What to run, in the mode that it is in; its buffers may change.
+            lane: Whose batches and random numbers.
+            count: How many.
         """
-        if lane.fault or not lane.losses:
-            return
-        lane.beyond = 0.0
-        begin, twin = len(lane.losses), copy.deepcopy(lane.model)
-        for norm in (module for module in twin.modules() if isinstance(module, _BatchNorm)):
-            _forget_the_beginning(norm)
-        losses: list[float] = []
+        begin, losses = len(lane.losses), []
         with contextlib.suppress(*FAILURES), torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
             self._seed(lane, begin)
-            twin.eval()
-            for step in range(begin, begin + LAST):
-                losses.append(float(scalar_loss(self.compute_loss(twin, self._batches.at(step, lane.seed))).detach()))
-        if len(losses) == LAST:
-            evaluated = float(np.median(losses))
-            lane.beyond = max(0.0, evaluated - lane.result) if math.isfinite(evaluated) else math.inf
+            for step in range(begin, begin + count):
+                loss = scalar_loss(self.compute_loss(model, self._batches.at(step, lane.seed)))
+                losses.append(float(loss.detach()))
+        return losses
 
     def _take_step(self, lane: Lane, step: int) -> float:
         batch = self._batches.at(step, lane.seed)
@@ -305,24 +278,6 @@ def _step_and_promise(lane: Lane) -> float:
     lane.optimizer.step()
     moved = zip(before, held, strict=True)
     return sum(float(((old - new.detach()) * gradient.conj()).sum().real) for (old, gradient), new in moved)
-
-
-def _forget_the_beginning(norm: _BatchNorm) -> None:
-    """Take out of running statistics what a few steps have left of their first values.
-
-    Source: Kingma and Ba (2015), arXiv 1412.6980, section 3, for the same correction of moving averages.
-    """
-    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None or not norm.momentum:
-        return
-    left = (1.0 - norm.momentum) ** int(norm.num_batches_tracked)
-    if left < 1.0:
-        norm.running_mean.div_(1.0 - left)
-        norm.running_var.sub_(left).div_(1.0 - left)
-
-
-def _examples(batch: Any) -> int:
-    """Return the length of the first axis of a batch's first tensor, 0 where it holds none with an axis."""
-    return next((len(tensor) for tensor in tensors(batch) if tensor.ndim), 0)
 
 
 def _chance(model: nn.Module, loss: torch.Tensor) -> float:
