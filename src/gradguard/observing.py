@@ -242,7 +242,7 @@ class Observing:
         signals = self.signals.blind()
         for blind in [*self.temporal.blind(), *([] if signals is None else [signals])]:
             self.note(blind.what, blind.why)
-        self.gradients.read_update(self._readback, index=index or 0)
+        self.gradients.read_update(self._readback, index=index or 0, step=step)
         self.signals.close_step(step, index or 0)
         self._readback.fetch()
         self.drain_losses()
@@ -339,14 +339,12 @@ class Observing:
             "read_before_clipping": float(self._before_clipping),
             "cost_s": cost_s,
             "skipped": 0.0 if self._found_inf is None else readback.value(self._found_inf),
+            **self.gradients.scalars(readback, mine=mine),
         }
         if isinstance(self.losses, ScaledLossMonitor) and not math.isnan(self.losses.scale):
             scalars["skipped_steps"] = float(self.losses.skipped)
         if self.signals.float16_seen:
             scalars["float16"] = 1.0
-        cosine = self.gradients.cosine(readback, mine=mine)
-        if not math.isnan(cosine):
-            scalars["gradient_cosine"] = cosine
         rates = parameters["lr"][mine > 0]
         if not np.isnan(rates).all():
             scalars["lr"] = float(np.nanmax(rates))

@@ -1,4 +1,4 @@
-"""Does the gradient keep its direction? A few entries of each tensor, compared with those of the observation before.
+"""Does the gradient keep its direction? A few entries of each tensor, compared with those of an earlier observation.
 
 Everything is reduced on the device and queued; nothing is transferred here.
 """
@@ -33,6 +33,11 @@ _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 of a matrix. Source: Knuth (1998), "The Art of Computer Programming", volume 3, section 6.4."""
 
 
+_APART = 10
+"""Steps after which a gradient takes the place of the one that others are compared with. Ours: neighbours point the
+same way in any run, so observations closer than that would say nothing."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sketch:
     """Entries of the gradients of one device, shape ``[parameters, 64]``; where a tensor has fewer, zeros follow."""
@@ -62,34 +67,37 @@ class _Comparison:
 
 
 class GradientDirection:
-    """Cosine between the gradient of an observation and that of the same optimizer's previous one.
+    """Cosine between the gradient of an observation and that of an earlier one of the same optimizer.
 
-    It keeps 64 entries of each gradient, and says nothing of what it cannot compare: the first observation, and
-    parameters that are new, of another size, or had no gradient. The scale of the loss makes no difference.
+    The earlier one is the previous observation; of several within ten steps, it is the first of them. 64 entries of
+    each gradient are kept. Nothing is said of what cannot be compared: the first observation, and parameters that are
+    new, of another size, or had no gradient. The scale of the loss makes no difference.
     """
 
     def __init__(self) -> None:
         """Know of no gradient yet."""
-        self._kept: dict[int, list[_Sketch]] = {}
+        self._kept: dict[int, tuple[int, list[_Sketch]]] = {}
         self._waiting: list[_Comparison] = []
-        self._index = 0
+        self._now = (0, 0)
 
-    def read(self, readback: Readback, samples: Sequence[Samples], *, index: int) -> None:
-        """Queue the comparison with the previous observation.
+    def read(self, readback: Readback, samples: Sequence[Samples], *, index: int, step: int) -> None:
+        """Queue the comparison with the earlier observation.
 
         Args:
             readback: Where the numbers wait.
             samples: Gradients of this step, at most one sample of each device.
             index: The optimizer whose step is observed.
+            step: Its step.
         """
-        before = {sketch.values.device: sketch for sketch in self._kept.get(index, ())}
-        self._index = index
+        _, kept = self._kept.get(index, (step, []))
+        before = {sketch.values.device: sketch for sketch in kept}
+        self._now = index, step
         self._waiting = [_compare(readback, sample, before.get(sample.gradients.device)) for sample in samples]
 
-    def cosine(self, readback: Readback, mine: FloatArray) -> float:
-        """Return the cosine over all parameters that could be compared, NaN for none; call after the transfer.
+    def scalars(self, readback: Readback, mine: FloatArray) -> dict[str, float]:
+        """Return the cosine over all parameters that could be compared, and the steps in between; empty for none.
 
-        A gradient that is not finite gives NaN, and the next one is compared with what was before it.
+        Call once, after the transfer. A gradient that is not finite is not compared with any other.
 
         Args:
             readback: The fetched numbers.
@@ -103,12 +111,15 @@ class GradientDirection:
             held = mine[comparison.sketch.rows] > 0.0
             finite = finite and bool(np.isfinite(sums[1, held]).all())
             totals += (sums * comparison.sketch.weights)[:, held & comparison.matched].sum(axis=1)
-        if waiting and finite:
-            self._kept[self._index] = [comparison.sketch for comparison in waiting]
-        product, now, then = (float(total) for total in totals)
-        if not (finite and now > 0.0 and then > 0.0):
-            return math.nan
-        return max(-1.0, min(1.0, product / math.sqrt(now) / math.sqrt(then)))
+        (index, step), product, now, then = self._now, *(float(total) for total in totals)
+        apart = step - self._kept[index][0] if index in self._kept else 0
+        compared = finite and now > 0.0 and then > 0.0
+        if waiting and finite and (not compared or apart >= _APART):
+            self._kept[index] = step, [comparison.sketch for comparison in waiting]
+        if not compared:
+            return {}
+        cosine = product / math.sqrt(now) / math.sqrt(then)
+        return {"gradient_cosine": max(-1.0, min(1.0, cosine)), "gradient_cosine_steps": float(apart)}
 
     def close(self) -> None:
         """Let go of every gradient."""

@@ -178,14 +178,15 @@ class GradientMonitor:
                 )
             )
 
-    def read_update(self, readback: Readback, *, index: int = 0) -> None:
+    def read_update(self, readback: Readback, *, index: int = 0, step: int = 0) -> None:
         """Queue how far the sampled entries moved, and where their gradients pointed; call after the optimizer step.
 
         Args:
             readback: Where the numbers wait.
             index: The optimizer that stepped.
+            step: Its step, from 0.
         """
-        self._direction.read(readback, self._samples, index=index)
+        self._direction.read(readback, self._samples, index=index, step=step)
         for samples in self._samples:
             pieces = [_sample_of(p, self._sample_size) for p in samples.parameters]
             if any(piece is None or piece.numel() != size for piece, size in zip(pieces, samples.sizes, strict=True)):
@@ -240,16 +241,14 @@ class GradientMonitor:
             columns["lr"][row] = readback.value(handle)
         return columns
 
-    def cosine(self, readback: Readback, *, mine: FloatArray) -> float:
-        """Return the cosine between this step's gradient and that of the optimizer's previous observation.
-
-        Call once, after the transfer. NaN at the first observation, and where nothing can be compared.
+    def scalars(self, readback: Readback, *, mine: FloatArray) -> dict[str, float]:
+        """Return how far the gradient has kept its direction; call once, after the transfer. Unknown numbers are absent.
 
         Args:
             readback: The fetched numbers.
             mine: 1 where the optimizer of this step holds the parameter, shape ``[parameters]``.
         """
-        return self._direction.cosine(readback, mine)
+        return self._direction.scalars(readback, mine)
 
     def held_by(self, ids: Collection[int] | None) -> FloatArray:
         """Return 1 for each parameter among ``ids``, else 0, shape ``[parameters]``; ``None`` means all."""

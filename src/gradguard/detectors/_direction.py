@@ -1,0 +1,68 @@
+"""Does the gradient keep its direction from observation to observation, and for how long?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradguard.detectors._episodes import Episode, last_episode
+from gradguard.history import History
+from gradguard.records import FloatArray
+
+__all__ = ["distant_cosines", "kept_direction", "steps_kept"]
+
+_KEPT = 0.7
+"""Cosine from which a gradient has kept its direction. Ours: over 10 to 100 steps the gradients of runs whose rate is a
+thousandth of the usual one have 0.7 to 0.97; of 270 healthy runs on batches that still learn, none whose steps are
+small has three in a row above 0.5."""
+
+_LOST = 0.3
+"""Cosine below which a gradient that had kept its direction has lost it. Ours: the batches of such a run leave 0.35 to
+0.97."""
+
+_APART = 10
+"""Steps that must lie between two gradients. Ours: neighbours point the same way in any run."""
+
+_PATIENCE = 3
+"""Consecutive observations that must show it. Ours: as for the ratio."""
+
+_LONG = 50
+"""Steps over which it must have lasted. Ours: healthy twins have turned by then."""
+
+
+def distant_cosines(history: History) -> FloatArray:
+    """Return the cosine between gradients at least 10 steps apart, NaN for nearer ones; shape ``[observations]``."""
+    distance = history.scalar("gradient_cosine_steps")
+    cosines: FloatArray = np.where(distance >= _APART, history.scalar("gradient_cosine"), np.nan)
+    return cosines
+
+
+def kept_direction(history: History) -> Episode | None:
+    """Return the stretch of observations, up to the newest, over which the gradient has kept its direction.
+
+    Three in a row must be compared with gradients at least 10 steps before them and have a cosine of 0.7 or more; it
+    ends with one below 0.3. ``None`` for less than 50 steps in all.
+
+    Args:
+        history: Records of one optimizer, oldest first; needs the scalars ``gradient_cosine`` and
+            ``gradient_cosine_steps``.
+
+    Source: ours.
+    """
+    cosines = distant_cosines(history)
+    known = ~np.isnan(cosines)
+    episode = last_episode(cosines >= _KEPT, holds=cosines >= _LOST, known=known, patience=_PATIENCE)
+    if episode is None or not episode.standing:
+        return None
+    return episode if steps_kept(history, episode) >= _LONG else None
+
+
+def steps_kept(history: History, episode: Episode) -> int:
+    """Return the steps over which the gradient kept its direction, from the gradient with which the first one agrees.
+
+    Args:
+        history: Records of one optimizer.
+        episode: What :func:`kept_direction` found in it.
+    """
+    steps = history.steps
+    before = history.scalar("gradient_cosine_steps")[episode.first]
+    return int(steps[episode.last] - steps[episode.first] + before)
