@@ -135,9 +135,9 @@ def was_learnt(history: History) -> bool:
     the same loss: an optimum of a single batch. Said where the gradient keeps its direction, which it does not in a net
     that has learnt the batches it sees.
     """
-    loss, classes = loss_progress(history), history.info.classes
-    small = loss.learnt and loss.first < _SCALED_DOWN * math.log(classes)
-    return loss.learnt and not (small and from_batch_to_batch(history.losses[1]) > _QUIET[0])
+    loss, level = loss_progress(history), math.log(max(1, history.info.classes))
+    small = loss.first < _SCALED_DOWN * level and from_batch_to_batch(history.losses[1]) > _QUIET[0]
+    return loss.last < _LEARNT * level and not small
 
 
 def from_batch_to_batch(losses: FloatArray) -> float:
@@ -204,7 +204,7 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
     start = _start(finite[:3], finite[-finite.size // 3 :])
     size = max(abs(start[0]), abs(end[0]))
     level = math.log(classes) if classes >= 2 else math.nan
-    scaled = first < _SCALED_DOWN * level and _QUIET[0] < _noise(finite) < _QUIET[1]
+    scaled = first < _SCALED_DOWN * level and _QUIET[0] < from_batch_to_batch(finite) < _QUIET[1]
     chance = _chance(start[0], end[0], first if scaled else level)
     drop = _drop(start, end)
     if -drop >= _CLEAR_CHANGE * size > 0.0:
@@ -263,9 +263,3 @@ def _is_falling(finite: FloatArray) -> bool:
 def _chance(start: float, end: float, level: float) -> float:
     low, high = CHANCE_BAND
     return level if start >= low * level and low * level <= end <= high * level else math.nan
-
-
-def _noise(finite: FloatArray) -> float:
-    """Return the noise from one loss to the next, as a share of their size."""
-    steps = np.abs(np.diff(finite))
-    return 1.4826 * float(np.median(steps)) / math.sqrt(2.0) / max(abs(float(np.median(finite))), 1e-300)

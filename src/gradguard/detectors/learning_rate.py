@@ -98,9 +98,9 @@ def find_learning_rate(history: History, config: GuardConfig) -> Sequence[Findin
     Too low: three quarters of the matrices stay below ``update_ratio_low`` for ``update_patience`` consecutive
     observations up to the last, the loss is flat, and neither warm-up, nor the end of a schedule, nor convergence
     explains it. Of a classifier that is still at chance after 100 steps 50 times that is too low, even where its loss
-    creeps down. Where the gradient keeps its direction over 50 steps and more, and the run has taken 100, 200 times that
-    is too low for the median matrix (50 times where the loss has no noise), whatever the loss does, unless it has
-    settled or is that of a net that has learnt.
+    creeps down. Where the gradient keeps its direction over 50 steps or more of a run of 100, 200 times that is too low
+    for the median matrix (50 times where the loss has no noise), unless the loss has settled or is that of a net that
+    has learnt.
 
     Vectors, embeddings and what began at zero are left out. Nothing is said in a check before the first step.
 
@@ -252,8 +252,8 @@ def _points_the_same_way(history: History, config: GuardConfig) -> Finding | Non
         "GG502",
         Severity.WARNING,
         f"The learning rate is too low: a step changes the weights by {power_of_ten(ratio)} of their size (median over "
-        f"matrices; about {power_of_ten(_TARGET)} is usual), and over {steps_kept(history, episode)} steps the gradient "
-        f"has kept its direction (cosine {cosine:.2f} from one observation to the next).",
+        f"matrices; about {power_of_ten(_TARGET)} is usual), and the gradient has kept its direction over "
+        f"{steps_kept(history, episode)} steps (cosine {cosine:.2f} from one observation to the next).",
         step=int(steps[episode.first]),
         last_step=int(steps[episode.last]),
         cause=Cause.LEARNING_RATE,

@@ -92,7 +92,8 @@ class GradientDirection:
         _, kept = self._kept.get(index, (step, []))
         before = {sketch.values.device: sketch for sketch in kept}
         self._now = index, step
-        self._waiting = [_compare(readback, sample, before.get(sample.gradients.device)) for sample in samples]
+        filled = [sample for sample in samples if sample.gradients.numel()]
+        self._waiting = [_compare(readback, sample, before.get(sample.gradients.device)) for sample in filled]
 
     def scalars(self, readback: Readback, mine: FloatArray) -> dict[str, float]:
         """Return the cosine over all parameters that could be compared, and the steps in between; empty for none.

@@ -242,7 +242,7 @@ class GradientMonitor:
         return columns
 
     def scalars(self, readback: Readback, *, mine: FloatArray) -> dict[str, float]:
-        """Return how far the gradient has kept its direction; call once, after the transfer. Unknown numbers are absent.
+        """Return how far the gradient has kept its direction, unknown numbers left out; call once, after the transfer.
 
         Args:
             readback: The fetched numbers.
