@@ -135,7 +135,8 @@ def was_learnt(history: History) -> bool:
     the same loss: an optimum of a single batch. Said where the gradient keeps its direction, which it does not in a net
     that has learnt the batches it sees.
     """
-    loss, level = loss_progress(history), math.log(max(1, history.info.classes))
+    loss, classes = loss_progress(history), history.info.classes
+    level = math.log(classes) if classes >= 2 else math.nan
     small = loss.first < _SCALED_DOWN * level and from_batch_to_batch(history.losses[1]) > _QUIET[0]
     return loss.last < _LEARNT * level and not small
 

@@ -6,6 +6,7 @@ Everything is reduced on the device and queued; nothing is transferred here.
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class GradientDirection:
         totals, finite = np.zeros(3), True
         for comparison in waiting:
             count = len(comparison.sketch.rows)
-            sums = np.array([readback.value(comparison.sums, k) for k in range(3 * count)]).reshape(3, count)
+            sums = np.array(readback.values(comparison.sums, 3 * count), dtype=np.float64).reshape(3, count)
             held = mine[comparison.sketch.rows] > 0.0
             finite = finite and bool(np.isfinite(sums[1, held]).all())
             totals += (sums * comparison.sketch.weights)[:, held & comparison.matched].sum(axis=1)
@@ -133,13 +134,12 @@ def _compare(readback: Readback, samples: Samples, before: _Sketch | None) -> _C
     found = _earlier_rows(sketch, before)
     if before is None:
         earlier = torch.zeros_like(sketch.values)
-    elif np.array_equal(found, np.arange(len(before.rows))):
+    elif len(found) == len(before.rows) and (found == np.arange(len(found))).all():
         earlier = before.values
     else:
         earlier = before.values[torch.from_numpy(found.clip(min=0)).to(before.values.device)]
-    wide = torch.float32 if sketch.values.device.type == "mps" else torch.float64
-    now, then = sketch.values.to(wide), earlier.to(wide)
-    sums = torch.stack((now * then, now * now, then * then)).sum(dim=2)
+    now = sketch.values
+    sums = torch.stack((now * earlier, now * now, earlier * earlier)).sum(dim=2)
     return _Comparison(sketch, found >= 0, readback.put_vector(sums.reshape(-1)))
 
 
@@ -147,7 +147,7 @@ def _take(samples: Samples, before: _Sketch | None) -> _Sketch:
     if before is not None and before.sampled == samples.sizes:
         places, present = before.places, before.present
     else:
-        places, present = (part.to(samples.gradients.device) for part in _chosen(samples.sizes))
+        places, present = _chosen(samples.sizes, samples.gradients.device)
     return _Sketch(
         rows=samples.rows,
         sampled=samples.sizes,
@@ -155,11 +155,11 @@ def _take(samples: Samples, before: _Sketch | None) -> _Sketch:
         layouts=[(tuple(parameter.shape), parameter.stride()) for parameter in samples.parameters],
         places=places,
         present=present,
-        values=samples.gradients[places] * present,
+        values=samples.gradients[places] * present,  # float64 but for MPS: squares of tiny gradients are no zeros
     )
 
 
-def _chosen(sizes: list[int]) -> tuple[Tensor, Tensor]:
+def _chosen(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return which of all sampled entries to keep, and 1 where there is one, both of shape ``[parameters, 64]``."""
     count, column = np.array(sizes)[:, None], np.arange(_ENTRIES)[None, :]
     spread = (np.modf((column + 0.5) * _GOLDEN)[0] * count).astype(np.int64)
@@ -167,13 +167,16 @@ def _chosen(sizes: list[int]) -> tuple[Tensor, Tensor]:
     within = np.where(present, np.where(count > _ENTRIES, spread, column), 0)
     last = max(0, int(count.sum()) - 1)
     places = (np.cumsum(count)[:, None] - count + within).clip(max=last)
-    return torch.from_numpy(places), torch.from_numpy(present.astype(np.float32))
+    wide = np.float32 if device.type == "mps" else np.float64
+    return torch.from_numpy(places).to(device), torch.from_numpy(present.astype(wide)).to(device)
 
 
 def _earlier_rows(sketch: _Sketch, before: _Sketch | None) -> NDArray[np.int64]:
     """Return where each row stood in the sketch before, -1 where it did not or its tensor has another layout."""
     if before is None:
         return np.full(len(sketch.rows), -1, dtype=np.int64)
+    if sketch.layouts == before.layouts and all(map(operator.is_, sketch.owners, before.owners)):
+        return np.arange(len(sketch.rows))
     pairs = zip(before.owners, before.layouts, strict=True)
     known = {id(owner()): (place, layout) for place, (owner, layout) in enumerate(pairs)}
     found = []
