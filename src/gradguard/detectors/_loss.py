@@ -205,7 +205,8 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
     start = _start(finite[:3], finite[-finite.size // 3 :])
     size = max(abs(start[0]), abs(end[0]))
     level = math.log(classes) if classes >= 2 else math.nan
-    scaled = first < _SCALED_DOWN * level and _QUIET[0] < from_batch_to_batch(finite) < _QUIET[1]
+    quiet = from_batch_to_batch(finite) > _QUIET[0] and _noise(finite) < _QUIET[1]
+    scaled = first < _SCALED_DOWN * level and quiet
     chance = _chance(start[0], end[0], first if scaled else level)
     drop = _drop(start, end)
     if -drop >= _CLEAR_CHANGE * size > 0.0:
@@ -264,3 +265,9 @@ def _is_falling(finite: FloatArray) -> bool:
 def _chance(start: float, end: float, level: float) -> float:
     low, high = CHANCE_BAND
     return level if start >= low * level and low * level <= end <= high * level else math.nan
+
+
+def _noise(finite: FloatArray) -> float:
+    """Return the noise from one loss to the next, as a share of their size."""
+    steps = np.abs(np.diff(finite))
+    return 1.4826 * float(np.median(steps)) / math.sqrt(2.0) / max(abs(float(np.median(finite))), 1e-300)
