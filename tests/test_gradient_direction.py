@@ -389,7 +389,7 @@ def regression(lr: float) -> Diagnosis:
         return guard.diagnose()
 
 
-def test_a_regression_at_a_hundredth_of_its_rate_is_told_and_its_twin_is_silent() -> None:
+def test_a_regression_at_a_fraction_of_its_rate_is_told_and_its_twin_is_silent() -> None:
     """Its loss falls, and there is no chance to compare it with: only the gradient's direction tells."""
     sick, healthy = regression(2e-4), regression(5e-2)
 

@@ -64,7 +64,7 @@ rate is a thousandth of the usual one, are still there after 240; their twins ar
 _SETTLED = 0.15
 """Share of the fall between the first third of a run and its last one below which the second half of that no longer
 counts. Ours: of a loss that decays like exp(-kt), 0.16 at k = 5, when 99 % of the way is done; 0.24 and more in runs
-whose rate is a hundredth of the usual one, 0.15 and less in nets that have converged on one batch."""
+whose rate is a thousandth of the usual one, 0.15 and less in nets that have converged on one batch."""
 
 BLOW_UP = 10.0
 """Factor by which a loss has grown, when it overflows, if steps that were too large drove it. Ours."""
