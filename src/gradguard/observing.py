@@ -193,7 +193,7 @@ class Observing:
         scaled = [is_scaled(optimizer, self._scaler) for optimizer in self._optimizers]
         self.gradients.read(
             self._readback,
-            gradient_of=gradient_of if gradient_of is not None else _grad_of,
+            gradient_of=gradient_of if gradient_of is not None else lambda p: p.grad,
             groups=self._groups(),
             sample=sample,
             state_of=self._state_of if self._optimizers else None,
@@ -397,7 +397,3 @@ class Observing:
         return replace(
             info, preflight=preflight, expects_updates=not preflight, clip_norm=self.clip_norm, **self._scaling()
         )
-
-
-def _grad_of(parameter: nn.Parameter) -> Tensor | None:
-    return parameter.grad
