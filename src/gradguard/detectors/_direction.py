@@ -10,14 +10,14 @@ from gradguard.records import FloatArray
 
 __all__ = ["distant_cosines", "kept_direction", "steps_kept"]
 
-_KEPT = 0.7
+_KEPT = 0.6
 """Cosine from which a gradient has kept its direction. Ours: over 10 to 100 steps the gradients of runs at a thousandth
-of the usual rate have 0.73 to 0.97, where batches agree at all; of the clinic's healthy runs one in 275 has three in a
-row above 0.5, at steps 50 times as long."""
+of the usual rate have 0.6 to 0.97, where batches agree at all; of the clinic's healthy runs one in 275 has three in a
+row above 0.5, at steps 50 times as long. A net that is fine-tuned at half of the usual rate has 0.5."""
 
-_LOST = 0.3
-"""Cosine below which a gradient that had kept its direction has lost it. Ours: the batches of such a run leave 0.35 to
-0.97."""
+_LOST = 0.2
+"""Cosine below which a gradient that had kept its direction has lost it. Ours: single batches of such a run leave 0.35
+to 0.97, healthy ones that have got anywhere -0.5 to 0.5."""
 
 _APART = 10
 """Steps that must lie between two gradients. Ours: neighbours point the same way in any run."""
@@ -39,8 +39,8 @@ def distant_cosines(history: History) -> FloatArray:
 def kept_direction(history: History) -> Episode | None:
     """Return the stretch of observations, up to the newest, over which the gradient has kept its direction.
 
-    Three in a row must be compared with gradients at least 10 steps before them and have a cosine of 0.7 or more; it
-    ends with one below 0.3. ``None`` for less than 50 steps in all.
+    Three in a row must be compared with gradients at least 10 steps before them and have a cosine of 0.6 or more; it
+    ends with one below 0.2. ``None`` for less than 50 steps in all.
 
     Args:
         history: Records of one optimizer, oldest first; needs the scalars ``gradient_cosine`` and
