@@ -54,8 +54,8 @@ of a thousandth of the usual one show 10^-4.7 to 10^-4.5."""
 
 _SAME_WAY = 200.0
 """Times ``update_ratio_low`` below which the median ratio is too low where gradients of different batches keep pointing
-the same way. Ours: 10^-3.8 to 10^-5.2 in runs at a thousandth of the usual rate; of 440 healthy runs of the clinic only one
-has less than 10^-3.2 before it has learnt, and its gradient turns."""
+the same way. Ours: 10^-3.8 to 10^-5.2 in runs at a thousandth of the usual rate; of 440 healthy runs of the clinic only
+one has less than 10^-3.2 before it has learnt, and its gradient turns."""
 
 _SAME_BATCH = 50.0
 """The same where the loss shows no noise, as with one batch for the whole run. Ours: gradients of a single batch turn
