@@ -44,6 +44,16 @@ numbers = st.one_of(
 shares = st.one_of(st.floats(min_value=0.0, max_value=1.0), st.sampled_from([0.0, 1.0, math.nan]))
 """What a share may be."""
 
+directions = st.one_of(
+    st.just({}),
+    st.builds(
+        lambda cosine, steps: {"gradient_cosine": cosine, "gradient_cosine_steps": float(steps)},
+        st.floats(min_value=-1.0, max_value=1.0),
+        st.integers(min_value=0, max_value=100),
+    ),
+)
+"""What is known of the gradient's direction: nothing, or the cosine with an earlier one."""
+
 any_loss = st.one_of(st.floats(min_value=-1e6, max_value=1e6), st.sampled_from([math.nan, math.inf, -math.inf, 0.0]))
 """What a loss may be: also negative, NaN and infinite."""
 
@@ -88,7 +98,8 @@ def records(draw: st.DrawFn, step: int, layers: LayerTable, parameters: Paramete
         step=step,
         batch=step,
         optimizer=draw(st.integers(min_value=0, max_value=1)),
-        scalars=draw(st.dictionaries(st.sampled_from(["loss", "grad_norm", "lr", "skipped"]), numbers)),
+        scalars=draw(st.dictionaries(st.sampled_from(["loss", "grad_norm", "lr", "skipped"]), numbers))
+        | draw(directions),
         layers=layers,
         layer_values={name: _column(draw, name, len(layers)) for name in _LAYER if name in known},
         parameters=parameters,

@@ -105,7 +105,10 @@ attention layer are matrices of their own; see :class:`MatrixTable`). They are o
 Scalars: ``grad_norm`` (total over this optimizer's parameters, before clipping), ``grad_norm_at_step`` (the same when
 the optimizer ran, after the caller's clipping), ``lr``, ``loss_scale`` (1 without a scaler), ``read_before_clipping``
 (1 where ``record()`` read the gradients, 0 where only the step hook did), ``cost_s`` (seconds of host time that
-finishing the observation took), ``float16`` (1 where a module returned float16),
+finishing the observation took), ``float16`` (1 where a module returned float16), ``gradient_cosine`` (cosine of the
+angle between this gradient, over this optimizer's parameters, and the one before it, -1..1, from 64 entries of each
+tensor; the one before is that of the previous observation, or of the first one within the last ten steps),
+``gradient_cosine_steps`` (optimizer steps between the two),
 ``skipped_steps`` (steps that the loss scaler had skipped by then, as counted by a
 falling scale; only with a scaler and recorded losses). A scalar that is unknown is absent from the mapping. A step that
 a loss scaler skipped gives no record. Losses are kept for every step, by :meth:`gradguard.history.History.note_loss`.

@@ -193,7 +193,7 @@ class Observing:
         scaled = [is_scaled(optimizer, self._scaler) for optimizer in self._optimizers]
         self.gradients.read(
             self._readback,
-            gradient_of=gradient_of if gradient_of is not None else _grad_of,
+            gradient_of=gradient_of if gradient_of is not None else lambda p: p.grad,
             groups=self._groups(),
             sample=sample,
             state_of=self._state_of if self._optimizers else None,
@@ -242,7 +242,7 @@ class Observing:
         signals = self.signals.blind()
         for blind in [*self.temporal.blind(), *([] if signals is None else [signals])]:
             self.note(blind.what, blind.why)
-        self.gradients.read_update(self._readback)
+        self.gradients.read_update(self._readback, index=index or 0, step=step)
         self.signals.close_step(step, index or 0)
         self._readback.fetch()
         self.drain_losses()
@@ -339,6 +339,7 @@ class Observing:
             "read_before_clipping": float(self._before_clipping),
             "cost_s": cost_s,
             "skipped": 0.0 if self._found_inf is None else readback.value(self._found_inf),
+            **self.gradients.scalars(readback, mine=mine),
         }
         if isinstance(self.losses, ScaledLossMonitor) and not math.isnan(self.losses.scale):
             scalars["skipped_steps"] = float(self.losses.skipped)
@@ -396,7 +397,3 @@ class Observing:
         return replace(
             info, preflight=preflight, expects_updates=not preflight, clip_norm=self.clip_norm, **self._scaling()
         )
-
-
-def _grad_of(parameter: nn.Parameter) -> Tensor | None:
-    return parameter.grad

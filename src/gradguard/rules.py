@@ -199,7 +199,7 @@ _CATALOGUE = (
         "GG502",
         "learning-rate-too-low",
         "learning_rate",
-        "Weights move a millionth of their size per step",
+        "Weights move too little per step to get anywhere",
         "three consecutive observations of an optimizer step, and losses",
     ),
     _rule(

@@ -17,10 +17,13 @@ __all__ = [
     "CHANCE_BAND",
     "LossProgress",
     "Trend",
+    "from_batch_to_batch",
+    "has_settled",
     "judge_losses",
     "loss_growth",
     "loss_progress",
     "still_at_chance",
+    "was_learnt",
 ]
 
 _MINIMUM_LOSSES = 20
@@ -57,6 +60,11 @@ to 64 examples, in nets that have learnt 0.07 to 1.4; with the same batch each t
 _LONG_AT_CHANCE = 100
 """Steps after which a classifier should have left the loss of chance. Ours: a LeNet with sigmoid units, and nets whose
 rate is a thousandth of the usual one, are still there after 240; their twins are at half of it after 50."""
+
+_SETTLED = 0.15
+"""Share of the fall between the first third of a run and its last one below which the second half of that no longer
+counts. Ours: of a loss that decays like exp(-kt), 0.16 at k = 5, when 99 % of the way is done; 0.24 and more in runs
+whose rate is a thousandth of the usual one, 0.15 and less in nets that have converged on one batch."""
 
 BLOW_UP = 10.0
 """Factor by which a loss has grown, when it overflows, if steps that were too large drove it. Ours."""
@@ -120,6 +128,53 @@ def still_at_chance(history: History) -> bool:
     return worse or not math.isnan(loss.chance)
 
 
+def was_learnt(history: History) -> bool:
+    """Whether a classifier's loss is below half of that of chance, and was not multiplied by a small number.
+
+    A first loss far below that of chance is taken for a net that has learnt before only where all batches give nearly
+    the same loss: an optimum of a single batch. Said where the gradient keeps its direction, which it does not in a net
+    that has learnt the batches it sees.
+    """
+    loss, classes = loss_progress(history), history.info.classes
+    level = math.log(classes) if classes >= 2 else math.nan
+    small = loss.first < _SCALED_DOWN * level and from_batch_to_batch(history.losses[1]) > _QUIET[0]
+    return loss.last < _LEARNT * level and not small
+
+
+def from_batch_to_batch(losses: FloatArray) -> float:
+    """Return the noise from one loss to the next as a share of their size, a steady fall left out; NaN for too few.
+
+    Args:
+        losses: Losses, oldest first, shape ``[losses]``.
+    """
+    finite = losses[np.isfinite(losses)]
+    if finite.size < _MINIMUM_LOSSES:
+        return math.nan
+    with np.errstate(over="ignore", invalid="ignore"):
+        bends = np.abs(finite[2:] - 2.0 * finite[1:-1] + finite[:-2])
+    return 1.4826 * float(np.median(bends)) / math.sqrt(6.0) / max(abs(float(np.median(finite))), 1e-300)
+
+
+def has_settled(losses: FloatArray) -> bool:
+    """Whether a loss has clearly fallen and hardly falls any more.
+
+    Scale-free, and the same for losses shifted by a constant: what the last third of the run brought is compared with
+    what came since the first third.
+
+    Args:
+        losses: Losses, oldest first, shape ``[losses]``.
+
+    Source: ours.
+    """
+    finite = losses[np.isfinite(losses)]
+    third = finite.size // 3
+    if third < 2:
+        return False
+    first, middle, last = (median_with_error(part) for part in np.split(finite, (third, 2 * third)))
+    fall = _drop(first, last)
+    return fall > 0.0 and middle[0] - last[0] < _SETTLED * fall
+
+
 def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
     """Judge a loss series by medians of its parts against its own noise.
 
@@ -150,7 +205,8 @@ def judge_losses(losses: FloatArray, *, classes: int = 0) -> LossProgress:
     start = _start(finite[:3], finite[-finite.size // 3 :])
     size = max(abs(start[0]), abs(end[0]))
     level = math.log(classes) if classes >= 2 else math.nan
-    scaled = first < _SCALED_DOWN * level and _QUIET[0] < _noise(finite) < _QUIET[1]
+    quiet = from_batch_to_batch(finite) > _QUIET[0] and _noise(finite) < _QUIET[1]
+    scaled = first < _SCALED_DOWN * level and quiet
     chance = _chance(start[0], end[0], first if scaled else level)
     drop = _drop(start, end)
     if -drop >= _CLEAR_CHANGE * size > 0.0:

@@ -10,7 +10,11 @@ from gradguard.detectors._episodes import BoolArray
 from gradguard.history import History
 from gradguard.records import FloatArray
 
-__all__ = ["comparable", "matrix_ratios", "median_ratios", "ratio_before", "ratio_quantile"]
+__all__ = ["comparable", "leading_ratios", "matrix_ratios", "median_ratios", "ratio_before", "ratio_quantile"]
+
+_LEADING = 0.5
+"""Share of the highest rate from which a group is one of those that lead. Ours: groups without weight decay have the
+same rate as the others, those of a trunk that is spared a tenth."""
 
 
 def comparable(history: History) -> BoolArray:
@@ -63,6 +67,17 @@ def _matrix_ratios(history: History) -> FloatArray:
 def median_ratios(history: History) -> FloatArray:
     """Return the median of :func:`matrix_ratios` per observation, shape ``[observations]``, read-only."""
     return history.derived("median_ratios", lambda: ratio_quantile(matrix_ratios(history), 0.5))
+
+
+def leading_ratios(history: History) -> FloatArray:
+    """Return the median over the matrices whose rate is at least half of the highest, shape ``[observations]``.
+
+    Where a trunk is spared by a low rate, what it does says nothing about that of the head.
+    """
+    rates = history.parameter("lr")
+    highest = np.fmax.reduce(rates, axis=1, keepdims=True) if rates.shape[1] else rates
+    spared = (rates < _LEADING * highest) | (rates == 0.0)
+    return ratio_quantile(np.where(spared, np.nan, matrix_ratios(history)), 0.5)
 
 
 def ratio_quantile(ratios: FloatArray, quantile: float) -> FloatArray:

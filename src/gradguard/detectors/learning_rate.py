@@ -7,20 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradguard.config import GuardConfig
+from gradguard.detectors._direction import distant_cosines, kept_direction, steps_kept
 from gradguard.detectors._episodes import BoolArray, Episode, last_episode
 from gradguard.detectors._finding import make_finding
 from gradguard.detectors._loss import (
     BLOW_UP,
     LossProgress,
     Trend,
+    from_batch_to_batch,
+    has_settled,
     judge_losses,
     loss_growth,
     loss_progress,
     still_at_chance,
+    was_learnt,
 )
 from gradguard.detectors._numbers import power_of_ten
 from gradguard.detectors._spikes import leap
-from gradguard.detectors._updates import comparable, matrix_ratios, median_ratios, ratio_quantile
+from gradguard.detectors._updates import comparable, leading_ratios, matrix_ratios, median_ratios, ratio_quantile
 from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
 from gradguard.records import FloatArray
@@ -47,6 +51,22 @@ _AT_CHANCE = 50.0
 """Times ``update_ratio_low`` below which a classifier that has stayed at chance for 100 steps is too slow. Ours:
 healthy nets fall to 10^-5.9 only once they have converged, and at a usual rate a plateau at chance shows 10^-3; rates
 of a thousandth of the usual one show 10^-4.7 to 10^-4.5."""
+
+_SAME_WAY = 200.0
+"""Times ``update_ratio_low`` below which the median ratio is too low where gradients of different batches keep pointing
+the same way. Ours: 10^-3.8 to 10^-5.2 in runs at a thousandth of the usual rate; of 440 healthy runs of the clinic only
+one has less than 10^-3.2 before it has learnt, and its gradient turns."""
+
+_SAME_BATCH = 50.0
+"""The same where the loss shows no noise, as with one batch for the whole run. Ours: gradients of a single batch turn
+slowly at the best of rates; nets on a plateau show 10^-3.8 then, fine-tuned ones 10^-3.6."""
+
+_NO_NOISE = 3e-4
+"""Noise of a loss, as a share of its size, below which it is always the same batch. Ours: 4e-5 and less with a single
+batch, 9e-4 and more with batches of 16 to 64, of text at the loss of chance."""
+
+_LONG = 100
+"""Steps after which the direction of the gradient says something. Ours: as for the loss of chance."""
 
 _DOUBLED = 2.0
 """Growth of a weight's norm that makes its rate too high by itself. Ours: a ratio of update to weight of 0.1 needs
@@ -78,7 +98,9 @@ def find_learning_rate(history: History, config: GuardConfig) -> Sequence[Findin
     Too low: three quarters of the matrices stay below ``update_ratio_low`` for ``update_patience`` consecutive
     observations up to the last, the loss is flat, and neither warm-up, nor the end of a schedule, nor convergence
     explains it. Of a classifier that is still at chance after 100 steps 50 times that is too low, even where its loss
-    creeps down.
+    creeps down. Where the gradient keeps its direction over 50 steps or more of a run of 100, 200 times that is too low
+    for the median matrix (50 times where the loss has no noise), unless the loss has settled or is that of a net that
+    has learnt.
 
     Vectors, embeddings and what began at zero are left out. Nothing is said in a check before the first step.
 
@@ -175,8 +197,14 @@ def find_too_low(history: History, config: GuardConfig) -> Finding | None:
         history: Records of one optimizer, oldest first.
         config: Thresholds.
     """
+    if not len(history):
+        return None
+    return _hardly_moves(history, config) or _points_the_same_way(history, config)
+
+
+def _hardly_moves(history: History, config: GuardConfig) -> Finding | None:
     loss = loss_progress(history)
-    if not len(history) or loss.learnt:
+    if loss.learnt:
         return None
     steps = history.steps.astype(np.int64)
     at_chance = still_at_chance(history)
@@ -202,6 +230,40 @@ def find_too_low(history: History, config: GuardConfig) -> Finding | None:
         cause=Cause.LEARNING_RATE,
         confidence=min(0.85, 0.5 + 0.1 * min(episode.count, 3)),
         evidence=_evidence(history, episode, ratio, loss, note=f"below {limit:g}"),
+    )
+
+
+def _points_the_same_way(history: History, config: GuardConfig) -> Finding | None:
+    """Find steps that could be many times as long, as the gradient at their end is the one from which they began."""
+    loss, losses = loss_progress(history), history.losses[1]
+    episode = kept_direction(history)
+    if episode is None or loss.trend in {Trend.RISEN, Trend.UNKNOWN} or was_learnt(history) or has_settled(losses):
+        return None
+    steps = history.steps.astype(np.int64)
+    if steps[-1] - steps[0] < _LONG or _is_scheduled(history, episode):
+        return None
+    limit = config.update_ratio_low * (_SAME_WAY if from_batch_to_batch(losses) > _NO_NOISE else _SAME_BATCH)
+    ratios = leading_ratios(history)[episode.first : episode.last + 1]
+    ratio = float(np.nanmedian(ratios)) if np.isfinite(ratios).any() else np.nan
+    if not 0.0 < ratio < limit:
+        return None
+    cosine = float(np.nanmedian(distant_cosines(history)[episode.first : episode.last + 1]))
+    return make_finding(
+        "GG502",
+        Severity.WARNING,
+        f"The learning rate is too low: a step changes the weights by {power_of_ten(ratio)} of their size (median over "
+        f"matrices; about {power_of_ten(_TARGET)} is usual), and the gradient has kept its direction over "
+        f"{steps_kept(history, episode)} steps (cosine {cosine:.2f} from one observation to the next).",
+        step=int(steps[episode.first]),
+        last_step=int(steps[episode.last]),
+        cause=Cause.LEARNING_RATE,
+        confidence=min(0.85, 0.5 + 0.1 * min(episode.count, 3)),
+        evidence={
+            **_evidence(history, episode, ratio, loss, note=f"below {limit:g}"),
+            "gradient_cosine": Evidence(
+                value=cosine, unit="ratio", note="between gradients 10 steps apart or more, 1 is the same way"
+            ),
+        },
     )
 
 

@@ -77,6 +77,15 @@ class Readback:
         key, position = handle
         return float(self._values[key][position + offset])
 
+    def values(self, handle: Handle, count: int) -> list[float]:
+        """Return ``count`` fetched numbers in a row.
+
+        Raises:
+            KeyError: If :meth:`fetch` was not called yet.
+        """
+        key, position = handle
+        return self._values[key][position : position + count]
+
 
 @dataclass(slots=True, eq=False)
 class Norm:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gradguard.monitors._describe import clean_name
+from gradguard.monitors._direction import GradientDirection
 from gradguard.monitors._moments import (
     Counts,
     Moment,
@@ -26,6 +27,7 @@ from gradguard.monitors._moments import (
     underflow_fraction,
 )
 from gradguard.monitors._reduce import Handle, Norm, Readback, dense, queue_norms, subsample
+from gradguard.monitors._samples import Samples
 from gradguard.records import PARAMETER_STATISTICS, FloatArray, ParameterTable
 
 if TYPE_CHECKING:
@@ -55,17 +57,6 @@ class NamedParameter:
     parameter: nn.Parameter
     aliases: tuple[str, ...]
     layer: str
-
-
-@dataclass(slots=True, eq=False)
-class _Samples:
-    """A few entries of every readable parameter before a step, to compare with those after it."""
-
-    rows: list[int]
-    sizes: list[int]
-    parameters: list[nn.Parameter]
-    before: Tensor
-    gradients: Tensor
 
 
 def find_parameters(model: nn.Module) -> list[NamedParameter]:
@@ -105,13 +96,14 @@ class GradientMonitor:
         self._parameters: list[NamedParameter] = []
         self._gradients: dict[int, Norm] = {}
         self._weights: dict[int, Norm] = {}
-        self._samples: list[_Samples] = []
+        self._samples: list[Samples] = []
         self._updates: list[tuple[list[int], Handle, Handle]] = []
         self._moments: list[Counts] = []
         self._float16: list[Counts] = []
         self._facts: list[tuple[float, float, float, float, float]] = []
         self._lr_handles: dict[int, Handle] = {}
         self._lost: dict[int, Handle] = {}
+        self._direction = GradientDirection()
         self.arrived = 0
         self.unreadable: tuple[str, ...] = ()
         self.table = ParameterTable()
@@ -186,8 +178,15 @@ class GradientMonitor:
                 )
             )
 
-    def read_update(self, readback: Readback) -> None:
-        """Queue how far the sampled entries moved; call after the optimizer step."""
+    def read_update(self, readback: Readback, *, index: int = 0, step: int = 0) -> None:
+        """Queue how far the sampled entries moved, and where their gradients pointed; call after the optimizer step.
+
+        Args:
+            readback: Where the numbers wait.
+            index: The optimizer that stepped.
+            step: Its step, from 0.
+        """
+        self._direction.read(readback, self._samples, index=index, step=step)
         for samples in self._samples:
             pieces = [_sample_of(p, self._sample_size) for p in samples.parameters]
             if any(piece is None or piece.numel() != size for piece, size in zip(pieces, samples.sizes, strict=True)):
@@ -242,6 +241,15 @@ class GradientMonitor:
             columns["lr"][row] = readback.value(handle)
         return columns
 
+    def scalars(self, readback: Readback, *, mine: FloatArray) -> dict[str, float]:
+        """Return how far the gradient has kept its direction, unknown numbers left out; call once, after the transfer.
+
+        Args:
+            readback: The fetched numbers.
+            mine: 1 where the optimizer of this step holds the parameter, shape ``[parameters]``.
+        """
+        return self._direction.scalars(readback, mine)
+
     def held_by(self, ids: Collection[int] | None) -> FloatArray:
         """Return 1 for each parameter among ``ids``, else 0, shape ``[parameters]``; ``None`` means all."""
         held = [float(ids is None or id(named.parameter) in ids) for named in self._parameters]
@@ -265,6 +273,7 @@ class GradientMonitor:
     def close(self) -> None:
         """Let go of samples and parameters."""
         self._samples = []
+        self._direction.close()
         self._parameters = []
 
     def _build_table(self) -> None:
@@ -281,7 +290,7 @@ class GradientMonitor:
             outputs=tuple(p.parameter.shape[0] if p.parameter.ndim else 0 for p in self._parameters),
         )
 
-    def _take_samples(self, gradients: list[Tensor | None]) -> Iterator[_Samples]:
+    def _take_samples(self, gradients: list[Tensor | None]) -> Iterator[Samples]:
         groups: dict[torch.device, list[tuple[int, nn.Parameter, Tensor, Tensor]]] = {}
         for row, (named, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
             if gradient is None or not named.parameter.requires_grad:
@@ -294,7 +303,7 @@ class GradientMonitor:
                 slope = torch.zeros_like(weight)
             groups.setdefault(weight.device, []).append((row, named.parameter, weight, slope))
         for items in groups.values():
-            yield _Samples(
+            yield Samples(
                 rows=[row for row, *_ in items],
                 sizes=[weight.numel() for _, _, weight, _ in items],
                 parameters=[parameter for _, parameter, _, _ in items],

@@ -32,9 +32,7 @@ TRAINING: Mapping[str, RemedyText] = MappingProxyType(
             reference=RATIO,
         ),
         "higher-learning-rate": RemedyText(
-            reason=(
-                "Weights that move by a millionth of themselves per step need a million steps; aim at a ratio of 1e-3."
-            ),
+            reason="Steps so short against the weights take a run of usual length nowhere; aim at a ratio of 1e-3.",
             code=_RATE,
             expected="Updates near a thousandth of the weights, and a loss that falls.",
             reference=RATIO,
