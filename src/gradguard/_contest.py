@@ -110,7 +110,7 @@ class Contest:
             self._enter(entrant)
         self._screen()
         for rung, keep in zip(self._plan.rungs, (*self._plan.keep, len(self._entrants)), strict=True):
-            if rung == self._plan.length and not self._is_decided():
+            if rung == self._plan.length and not self._is_decided(self._plan.before_last):
                 self._copies.advance_to_end(first, rung)
             self._race_to(rung)
             self._thin(rung, keep)
@@ -135,9 +135,8 @@ class Contest:
         late = self._came_late and not self._climbed and self._learns()
         return not (late and any(entrant.remedy.level == 0 for entrant in self._entrants))
 
-    def _is_decided(self) -> bool:
-        """Whether the untreated copy has already fallen so far behind that its further steps tell nothing."""
-        rung = self._plan.before_last
+    def _is_decided(self, rung: int) -> bool:
+        """Whether the untreated copy lies so far behind after so many steps that its further ones tell nothing."""
         best = min((entrant.lanes[0].halves(rung)[1] for entrant in self._running()), default=math.inf)
         return bool(self._illness) and 0.0 < best < _FAR_AHEAD * self._control[0].halves(rung)[1]
 
@@ -176,9 +175,9 @@ class Contest:
             entrant.outcome = entrant.out = ""
         if not self._running()[1:]:
             return
-        self._length = _SLOW
-        if not self._is_decided():
+        if not self._is_decided(self._length):
             self._copies.advance_to_end(self._control[0], _SLOW)
+        self._length = _SLOW
         self._race_to(_SLOW)
 
     def _call_reserves(self) -> None:
@@ -245,7 +244,7 @@ class Contest:
 
     def _ease(self, leader: Entrant) -> None:
         after, self._length = self._length, max(self._plan.easing, self._length)
-        if not self._is_decided():
+        if not self._is_decided(after):
             self._copies.advance_to_end(self._control[0], self._length)
         self._copies.advance(leader.lanes[0], self._length)
         for entrant in self._running():

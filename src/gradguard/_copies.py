@@ -125,15 +125,22 @@ class Copies:
         return entrant
 
     def search_rate(self, entrant: Entrant) -> None:
-        """Find the factor of a cure that is a learning rate, each one tried for a few steps on a copy."""
+        """Find the factor of a cure that is a learning rate, each one tried for a few steps on a copy.
+
+        The copy that has done best so far is kept: where its rate is tried for longer it goes on from where it is.
+        """
+        best: tuple[float, float, Lane] | None = None
 
         def attempt(factor: float, steps: int) -> tuple[float, float]:
+            nonlocal best
             entrant.prescription = with_factor(entrant.prescription, factor)
-            lane = self.treated(entrant)
-            lane.ratios = []
+            lane = best[2] if best is not None and best[0] == factor else self.treated(entrant)
+            lane.ratios = lane.ratios or []
             self.advance(lane, steps)
             look(self._race, lane, examples=_TO_TELL)
             loss = math.inf if lane.fault else lane.result if lane.looked else sum(lane.losses[-2:]) / 2
+            if best is None or loss < best[1]:
+                best = factor, loss, lane
             return loss, statistics.median(lane.ratios) if lane.ratios else math.nan
 
         up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0

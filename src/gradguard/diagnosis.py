@@ -269,7 +269,8 @@ def _verdict(diagnosis: Diagnosis, history: History, config: GuardConfig, reason
     if math.isnan(summary.span_decades):
         return f"{seen} Gradients arrive and are finite. Nothing to do."
     limit = f"{abs(summary.span_decades):.1f} decades; {config.span_warning:g} would worry us"
-    return f"{seen} The gradient keeps its size through {summary.layer_count} layers ({limit}). Nothing to do."
+    depth = f" through {summary.layer_count} layers" if summary.layer_count else ""
+    return f"{seen} The gradient keeps its size{depth} ({limit}). Nothing to do."
 
 
 def _cause_text(finding: Finding) -> str:
