@@ -159,6 +159,7 @@ def contest(
     *,
     lr: float = 1e-6,
     illness: str = "",
+    onset: int = 0,
     plan: Plan | None = None,
 ) -> Contest:
     """Run remedies of the test's own against each other."""
@@ -170,7 +171,9 @@ def contest(
         plan=make_plan(3, steps=20) if plan is None else plan,
         illness=None
         if not illness
-        else Finding(code=illness, name="", family="", severity=Severity.WARNING, message="", step=0, last_step=0),
+        else Finding(
+            code=illness, name="", family="", severity=Severity.WARNING, message="", step=onset, last_step=onset
+        ),
     )
     held.run(
         [

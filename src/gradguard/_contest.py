@@ -159,13 +159,14 @@ class Contest:
                 self._replace(entrant, slower)
 
     def _make_sure(self) -> None:
-        """Let a short race that BatchNorm leads go on to where it tells, unless it is won by far.
+        """Let a short race that BatchNorm leads go on to where it tells, unless it is won by far, or to leave chance.
 
-        What falls first need not fall furthest: in 16 steps BatchNorm leads where in 60 others do. The best of those
-        who were dropped comes back for it.
+        What falls first need not fall furthest: of a regression BatchNorm leads in 16 steps where in 60 others do. The
+        best of those who were dropped comes back for it.
         """
         leader, untreated = self.judgement.leader, self.judgement.control_loss()
-        if leader is None or not self._length < _SLOW <= self._plan.longest:
+        classifies = not math.isnan(self._race.chance)
+        if leader is None or classifies or not self._length < _SLOW <= self._plan.longest:
             return
         won = math.isfinite(untreated) and leader.result < _WON * untreated
         if won or not self._copies.adds_batch_norm(leader.lanes[0]) or not self.judgement.helps(leader):

@@ -68,7 +68,7 @@ def search_rate(attempt: Callable[[float, int], tuple[float, float]], *, up: boo
         nearest = min(known, key=lambda factor: abs(math.log(known[factor] / _USUAL_RATIO)))
         return nearest * _USUAL_RATIO / known[nearest]
     middle = _best(coarse, up=up)
-    fine = {factor: attempt(factor, _STEPS) for factor in (middle / HALF_A_DECADE, middle, middle * HALF_A_DECADE)}
+    fine = {factor: attempt(factor, _STEPS) for factor in (middle, middle / HALF_A_DECADE, middle * HALF_A_DECADE)}
     factor = _best({factor: loss for factor, (loss, _) in fine.items()}, up=up)
     ratio = fine[factor][1]
     spare = _MODEST * _MARGIN / ratio if ratio > 0.0 else 1.0
