@@ -29,6 +29,9 @@ Layer statistics (one number per module and observation; the calls of a module t
 ``input_dead_fraction``     Like ``dead_fraction``, for the same input.
 ``saturated_fraction``      Share of units whose derivative, averaged over the examples, is below 5 % of the
                             activation's largest derivative, 0..1; bounded activations only (sigmoid, tanh, ...).
+``input_saturated_share``   Like ``saturated_fraction``, for an input made by ``torch.tanh`` or ``torch.sigmoid`` as a
+                            function just before this module; NaN elsewhere.
+``input_derivative_share``  Root mean square of the derivative of that function, over its largest, 0..1.
 ``attention_entropy``       Entropy of the attention weights over ln(visible keys), mean over queries and heads, 0..1:
                             1 for equal weights, 0 where each query takes one key. From at most 2 entries of the batch
                             and 8 queries, all heads and keys; NaN where the module ran no attention that could be seen
@@ -133,6 +136,8 @@ LAYER_STATISTICS = (
     "dead_fraction",
     "input_inactive_fraction",
     "input_dead_fraction",
+    "input_saturated_share",
+    "input_derivative_share",
     "saturated_fraction",
     "derivative_mean",
     "attention_entropy",

@@ -41,7 +41,8 @@ def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Find
     loss is not known yet it is a warning where it was so at step 0, before any training, and INFO else. A loss that
     falls makes it no finding, unless next to nothing passes a layer at all: then what falls is the work of the layers
     behind it. An output activation, with no layer after it, is left out: it is meant to reach its ends. A check before
-    the first step speaks after one look.
+    the first step speaks after one look. Tanh and sigmoid that code calls as functions right before a layer count as
+    well, in the row of that layer, by their derivatives alone.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``saturated_fraction`` and ``delta_norm``.
@@ -54,7 +55,7 @@ def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Find
     """
     if not len(history):
         return []
-    saturated, passed = history.layer("saturated_fraction"), _passed(history)
+    saturated, passed = _saturated(history), _passed(history)
     inner = _before_a_layer(history)
     ill = (saturated > config.saturated_fraction) & (passed < _PASSED) & inner[None, :]
     known = np.asarray(np.isfinite(saturated).any(axis=1), dtype=np.bool_)
@@ -91,13 +92,20 @@ def _passed(history: History) -> FloatArray:
     with np.errstate(over="ignore"):
         measured = np.where(usable, given, np.nan) / np.where(usable, delta, 1.0)
     slope = history.layer("derivative_mean")
-    return np.where(np.isnan(measured), slope, measured) / bounds[None, :]
+    by_modules = np.where(np.isnan(measured), slope, measured) / bounds[None, :]
+    return np.where(np.isnan(by_modules), history.layer("input_derivative_share"), by_modules)
+
+
+def _saturated(history: History) -> FloatArray:
+    """Return the share of saturated units, of activations and of functions before layers."""
+    by_modules = history.layer("saturated_fraction")
+    return np.where(np.isnan(by_modules), history.layer("input_saturated_share"), by_modules)
 
 
 def _before_a_layer(history: History) -> BoolArray:
     roles = history.layers.roles
     last = max((row for row, role in enumerate(roles) if role in TRUNK_ROLES), default=-1)
-    result: BoolArray = np.arange(len(roles)) < last
+    result: BoolArray = (np.arange(len(roles)) < last) | (np.array(roles) == "affine")
     return result
 
 
@@ -112,10 +120,12 @@ def _finding(
     known = given[np.isfinite(given)]
     largest = float(known[0]) if known.size else math.nan
     by_data = largest > FAR_INPUT
+    bound = history.layers.derivative_bounds[worst]
+    place = "before" if math.isnan(bound) else "of"  # a layer's own row: a function made its input
     return make_finding(
         "GG302",
         severity,
-        f"{percent(float(saturated[worst]))} of the units of {names_text((history.layers.names[worst],))} are "
+        f"{percent(float(saturated[worst]))} of the units {place} {names_text((history.layers.names[worst],))} are "
         f"saturated, and the gradient passes with {percent(float(passed[worst]))} of the largest derivative.",
         step=int(steps[first]),
         last_step=int(steps[-1]),
@@ -128,9 +138,11 @@ def _finding(
                 value=float(saturated[worst]), unit="fraction", note=history.layers.names[worst]
             ),
             "activation_gain": Evidence(
-                value=float(passed[worst]) * history.layers.derivative_bounds[worst],
+                value=float(passed[worst]) * (1.0 if math.isnan(bound) else bound),
                 unit="ratio",
-                note=f"{history.layers.types[worst]}: at most {history.layers.derivative_bounds[worst]:.3g}",
+                note="of the largest derivative, of a function"
+                if math.isnan(bound)
+                else f"{history.layers.types[worst]}: at most {bound:.3g}",
             ),
             "input_max_abs": Evidence(value=largest, note="largest entry of the first layer's input"),
         },

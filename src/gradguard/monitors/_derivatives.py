@@ -17,7 +17,7 @@ from torch import nn
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ActivationInfo", "activation_info"]
+__all__ = ["ActivationInfo", "activation_info", "function_info"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +88,28 @@ every row with autograd."""
 def activation_info(module: nn.Module) -> ActivationInfo | None:
     """Return what is known of an activation module, ``None`` for other modules; subclasses count as their base."""
     return next((_BY_TYPE[base] for base in type(module).__mro__ if base in _BY_TYPE), None)
+
+
+_BY_NODE = {"TanhBackward0": _BY_TYPE[nn.Tanh], "SigmoidBackward0": _BY_TYPE[nn.Sigmoid]}
+"""Bounded activations by the name of their node in autograd's graph."""
+
+_MOVES = frozenset(
+    {
+        "PermuteBackward0", "ReshapeAliasBackward0", "SqueezeBackward1", "TransposeBackward0", "TransposeBackward1",
+        "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
+    }
+)  # fmt: skip
+"""Nodes of functions that give out the values they take, elsewhere."""
+
+_FEW = 4
+"""Such functions looked past at most."""
+
+
+def function_info(tensor: Tensor) -> ActivationInfo | None:
+    """Return what is known of the bounded activation that made a tensor, past reshaping; ``None`` for anything else."""
+    node = tensor.grad_fn
+    for _ in range(_FEW):
+        if node is None or node.name() not in _MOVES or not node.next_functions:
+            break
+        node = node.next_functions[0][0]
+    return None if node is None else _BY_NODE.get(node.name())

@@ -6,20 +6,31 @@ import itertools
 import math
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from gradguard.monitors._reduce import Handle, Norm, Readback
+from gradguard.monitors._reduce import Handle, Norm, Readback, queue_norm
 from gradguard.records import LAYER_STATISTICS, FloatArray, LayerTable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gradguard.monitors._derivatives import ActivationInfo
     from gradguard.monitors._describe import ModuleInfo
 
-__all__ = ["HeadReadings", "KnownTensors", "Row", "Slot", "Streaks", "Units", "layer_columns", "unit_reduce"]
+__all__ = [
+    "GradientHook",
+    "HeadReadings",
+    "KnownTensors",
+    "Row",
+    "Slot",
+    "Streaks",
+    "Units",
+    "layer_columns",
+    "unit_reduce",
+]
 
 _SATURATED = 0.05
 """Share of the largest derivative below which a unit is saturated. Ours: |x| > 2.2 for tanh, 4.4 for sigmoid."""
@@ -123,10 +134,20 @@ class Row:
     input_units: Units = field(default_factory=Units)
     derivatives: list[Norm] = field(default_factory=list)
     saturated: list[tuple[Handle, int]] = field(default_factory=list)
+    input_slopes: list[Norm] = field(default_factory=list)
+    input_saturated: list[tuple[Handle, int]] = field(default_factory=list)
     counts: dict[str, tuple[Handle, int]] = field(default_factory=dict)
     block: str = ""
     entering: list[Slot] = field(default_factory=list)
     heads: list[HeadReadings] = field(default_factory=list)
+
+    def add_function(self, readback: Readback, output: Tensor, info: ActivationInfo, axis: int) -> None:
+        """Take in what a bounded activation gave that code calls as a function to make this module's input."""
+        slope = info.derivative(None, output, output).float() / info.bound
+        self.input_slopes.append(queue_norm(readback, slope))
+        counted = saturated_units(slope, axis, 1.0)
+        if counted is not None:
+            self.input_saturated.append((readback.put(counted[0]), counted[1]))
 
     def statistics(self, readback: Readback) -> dict[str, float]:
         """Return every layer statistic of the row that is known; call after the transfer."""
@@ -154,13 +175,20 @@ class Row:
             if self.is_step:
                 numbers["derivative_mean"] = math.sqrt(nonzero)
         if self.derivatives:
-            slope, _ = _pool(self.derivatives, readback)
-            numbers["derivative_mean"] = slope / math.sqrt(sum([n.numel for n in self.derivatives]))
+            numbers["derivative_mean"] = _mean_square_root(self.derivatives, readback)
         if self.saturated:
             numbers["saturated_fraction"] = _share(self.saturated, readback)
+        if self.input_slopes:
+            numbers["input_derivative_share"] = _mean_square_root(self.input_slopes, readback)
+        if self.input_saturated:
+            numbers["input_saturated_share"] = _share(self.input_saturated, readback)
         for name, count in self.counts.items():
             numbers[name] = _share([count], readback)
         return numbers | _attention(self.heads, readback)
+
+
+def _mean_square_root(norms: list[Norm], readback: Readback) -> float:
+    return _pool(norms, readback)[0] / math.sqrt(sum([norm.numel for norm in norms]))
 
 
 _T = TypeVar("_T")
@@ -185,6 +213,32 @@ class KnownTensors(Generic[_T]):
         if entry is None or entry[0]() is not tensor or not (any_version or entry[1] == tensor._version):
             return None
         return entry[2]
+
+
+class _Listening(Protocol):
+    """A monitor that takes gradients in."""
+
+    generation: int
+
+    def take_gradient(self, slot: Slot, gradient: Tensor) -> None: ...
+
+
+class GradientHook:
+    """Tensor hook of one observation; inert once the observation is over."""
+
+    __slots__ = ("_generation", "_monitor", "_slot")
+
+    def __init__(self, monitor: _Listening, slot: Slot, generation: int) -> None:
+        """Remember where a gradient goes; the monitor is not kept alive by it."""
+        self._monitor = weakref.ref(monitor)
+        self._slot = slot
+        self._generation = generation
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Hand the gradient to the monitor."""
+        monitor = self._monitor()
+        if monitor is not None and monitor.generation == self._generation:
+            monitor.take_gradient(self._slot, gradient)
 
 
 def unit_reduce(tensor: Tensor, axis: int, *, signed: bool) -> Tensor | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,20 @@ from torch import nn
 
 from gradguard.findings import Unobserved
 from gradguard.monitors._blocks import BlockTaps
-from gradguard.monitors._derivatives import ActivationInfo, activation_info
+from gradguard.monitors._derivatives import ActivationInfo, activation_info, function_info
 from gradguard.monitors._describe import ModuleInfo, clean_name, describe
 from gradguard.monitors._hooks import Hook, HookSet, Taps, in_backward, in_functorch
 from gradguard.monitors._reduce import Norm, Readback, dense, queue_norm
-from gradguard.monitors._rows import KnownTensors, Row, Slot, Streaks, layer_columns, saturated_units, unit_reduce
+from gradguard.monitors._rows import (
+    GradientHook,
+    KnownTensors,
+    Row,
+    Slot,
+    Streaks,
+    layer_columns,
+    saturated_units,
+    unit_reduce,
+)
 from gradguard.monitors._targets import Target, is_compiled, targets
 from gradguard.monitors._trees import floating_tensors
 from gradguard.monitors.attention import AttentionMonitor
@@ -308,6 +316,10 @@ class SignalMonitor:
                 activity = unit_reduce(values, axis, signed=True)
                 if activity is not None:
                     row.input_units.add(activity)
+                info = function_info(tensor)
+                if info is not None and values.ndim > 1:
+                    sample = values[:: max(1, -(-values.numel() // _SAMPLE_ENTRIES))]
+                    row.add_function(self._readback, sample, info, axis)
         return axis
 
     def _tap_output(self, row: Row, tensor: Tensor, axis: int | None) -> None:
@@ -358,7 +370,7 @@ class SignalMonitor:
         if tapped is not None:
             return tapped
         slot = Slot()
-        handle = tensor.register_hook(_GradientHook(self, slot, self.generation))
+        handle = tensor.register_hook(GradientHook(self, slot, self.generation))
         if tensor.is_leaf:
             self._hooks.add(handle)
         return slot
@@ -379,19 +391,3 @@ class SignalMonitor:
         self.failed = True
         self.close()
         self._on_failure(place, error)
-
-
-class _GradientHook:
-    """Tensor hook of one observation; inert once the observation is over."""
-
-    __slots__ = ("_generation", "_monitor", "_slot")
-
-    def __init__(self, monitor: SignalMonitor, slot: Slot, generation: int) -> None:
-        self._monitor = weakref.ref(monitor)
-        self._slot = slot
-        self._generation = generation
-
-    def __call__(self, gradient: Tensor) -> None:
-        monitor = self._monitor()
-        if monitor is not None and monitor.generation == self._generation:
-            monitor.take_gradient(self._slot, gradient)
