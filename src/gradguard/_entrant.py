@@ -10,14 +10,18 @@ from gradguard._race import Lane
 from gradguard.findings import Prescription
 from gradguard.remedies.catalogue import Remedy
 
-__all__ = ["NOTICEABLE", "Entrant", "by_promise", "far_behind", "idles"]
+__all__ = ["NOTICEABLE", "Entrant", "by_promise", "far_behind", "idles", "leads_by_far"]
 
 NOTICEABLE = 0.02
 """Share of the untreated loss by which a cure must lower it. Ours: copies that differ by their random numbers alone end
 within 1 %."""
 
+_FAR_AHEAD = 0.75
+"""Share of the untreated copy's loss below which a cure stands far ahead of it. Ours: with it, and with those left out
+who are far behind another, 60 of 185 sick runs cost 0.03 to 0.1 of a run less, and as many are cured."""
+
 _FAR_BEHIND = 0.5
-"""Share of another's loss at which a cure leads it by far before the last rung. Ours: RESULT3."""
+"""Share of another's loss at which a cure leads it by far before the last rung. Ours: see _FAR_AHEAD."""
 
 
 _MOST = 0.5
@@ -66,6 +70,12 @@ def far_behind(entrants: Sequence[Entrant], rung: int) -> list[Entrant]:
     stand = [(entrant, entrant.lanes[0].halves(rung)[1]) for entrant in entrants]
     best = min((loss for _, loss in stand), default=math.nan)
     return [entrant for entrant, loss in stand if 0.0 < best < _FAR_BEHIND * loss]
+
+
+def leads_by_far(entrants: Sequence[Entrant], control: Lane, rung: int) -> bool:
+    """Whether the best one stands far below the untreated copy after so many steps."""
+    best = min((entrant.lanes[0].halves(rung)[1] for entrant in entrants), default=math.inf)
+    return 0.0 < best < _FAR_AHEAD * control.halves(rung)[1]
 
 
 def idles(entrant: Entrant, control: Lane, rung: int) -> bool:
