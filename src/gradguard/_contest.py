@@ -37,8 +37,8 @@ _SLOW = 40
 yet. Ours."""
 
 _WON = 0.4
-"""Share of the untreated copy's loss below which a race is won by far. Ours: BatchNorm that leads sigmoid regressions at 0.46 and 0.5 of it
-after 16 steps ends at two thirds of what ReLU does."""
+"""Share of the untreated copy's loss below which a race is won by far. Ours: BatchNorm that leads sigmoid regressions
+at 0.46 and 0.5 of it after 16 steps ends at two thirds of what ReLU does."""
 
 _RETRIES = 2
 """Times that a rate is lowered by half a decade where it diverges after the search. Ours."""

@@ -91,7 +91,7 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         candidates: Names of remedies, or prescriptions, to try instead of those of the diagnosis.
         run_steps: Steps of the run that is to be saved. The trial then takes at most a quarter of them, unless the run
             has only hundreds.
-        steps: Steps of a whole run of a copy; chosen by default: 40, or 16 to 80 where ``run_steps`` is given.
+        steps: Steps of a whole run of a copy; chosen by default: 40, or 10 to 80 where ``run_steps`` is given.
         seconds: Time after which to stop with what is known by then.
         seed: From which the random numbers of the copies are derived.
         progress: Called with a line of text when something was measured.
