@@ -55,7 +55,7 @@ CURES: Mapping[tuple[str, Cause | None], tuple[str, ...]] = MappingProxyType(
         ("GG301", Cause.DATA): ("standardize-input", "robust-scaling", "batch-norm", "leaky-relu"),
         ("GG301", None): ("he-initialization", "batch-norm", "linear-output", "leaky-relu", "residual-batch-norm"),
         ("GG302", Cause.DATA): ("standardize-input", "robust-scaling", "layer-norm", "relu"),
-        ("GG302", None): ("xavier-initialization", "layer-norm", "relu"),
+        ("GG302", None): ("lsuv", "xavier-initialization", "layer-norm", "relu"),
         ("GG401", None): ("chrono-initialization", "forget-gate-bias", "orthogonal-recurrent", "gated-cell", "lstm"),
         ("GG402", None): ("lower-learning-rate", "weight-decay", "qk-norm", "spectral-norm"),
         ("GG403", None): ("he-initialization", "lsuv", "layer-norm", "residual"),
