@@ -78,6 +78,14 @@ def test_five_steps_that_all_tell_the_same_leave_no_doubt(below: int, sure: bool
     assert (error == 0.0) is sure
 
 
+def test_a_shorter_untreated_copy_is_paired_with_the_last_steps_of_a_cure() -> None:
+    """What a cure has come to counts, not where it passed through."""
+    gain, error = paired_gain([ran(*[1.0] * 5)], [ran(1.0, *[0.9] * 6, *[0.1] * 5)])
+
+    assert gain == pytest.approx(0.9)
+    assert error == 0.0
+
+
 def deep_regression(kind: type[nn.Module]) -> nn.Module:
     """Return a deep sigmoid net with one output, or ten."""
     torch.manual_seed(0)

@@ -398,6 +398,18 @@ def test_a_batch_that_is_right_by_chance_has_a_loss_of_zero_and_no_slope(losses:
     assert bool(find_missing_gradients(history, CONFIG)) is found
 
 
+def test_a_check_tells_of_a_loss_that_is_zero_whatever_comes_out() -> None:
+    """The cross-entropy of one class: its softmax is 1."""
+    model = torch.nn.Linear(4, 1)
+    diagnosis = gradguard.check(
+        model,
+        (torch.randn(8, 4), torch.zeros(8, dtype=torch.long)),
+        lambda net, batch: torch.nn.functional.cross_entropy(net(batch[0]), batch[1]),
+    )
+
+    assert [finding.code for finding in diagnosis.findings if finding.severity is Severity.ERROR] == ["GG104"]
+
+
 def test_a_loss_at_its_minimum_is_no_illness() -> None:
     """A hinge loss that is satisfied gives no gradient either, later in the run."""
     for losses in (falling(101), []):

@@ -95,6 +95,20 @@ def test_channels_behind_a_convolution_are_units_and_reshaping_is_looked_past() 
     assert seen.layer("out")["input_saturated_share"] == 0.0
 
 
+def test_an_expert_without_examples_is_no_failure() -> None:
+    """Nothing is routed to it in this batch."""
+
+    class Routed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(x))
+            logits: Tensor = self.out(torch.tanh(h)) + self.out(torch.tanh(h[x[:, 0] > 99.0])).sum()
+            return logits
+
+    diagnosis = gradguard.check(Routed(torch.tanh), digit_batch(16), classification_loss)
+
+    assert not [note for note in diagnosis.unobserved if "layer" in note.what]
+
+
 @pytest.mark.parametrize(("scale", "found"), [(100.0, True), (1.0, False)], ids=["far off", "standardized"])
 def test_data_far_off_into_tanh_as_a_function_are_found_and_named(scale: float, found: bool) -> None:
     """Coordinates in metres."""

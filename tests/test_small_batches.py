@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -67,7 +65,7 @@ def test_gain_over_examples_is_their_mean_and_not_their_median() -> None:
     gain, error = paired_gain([wrong], [modest])
 
     assert gain == pytest.approx(2.25 - 0.3)
-    assert error == pytest.approx(np.std(wrong.looked) / 8.0)
+    assert error == pytest.approx(np.std(wrong.looked, ddof=1) / 8.0)
     modest.looked = []
     wrong.losses, modest.losses = [0.0, 0.0, 0.0, 9.0] * 2, [0.3] * 8
     assert paired_gain([wrong], [modest])[0] < 0.0
@@ -82,13 +80,15 @@ def test_a_first_example_that_is_right_by_chance_makes_nothing_a_divergence() ->
         return classification_loss(model, batch) * (0.0 if batch is data[0] else 1.0)
 
     race, lane = Race(Batches(data, 80), lucky, base_seed=0), lane_of(model)
-    race.advance(lane, 1)
     look(race, lane)
-    race.set_limit(lane)
+    others = lane.looked
+    race.advance(lane, 1)
+    race.set_limit(lane, others)
     race.advance(lane, 20)
 
     assert lane.losses[0] == 0.0
-    assert race.limit > 100.0 * math.log(3.0) / 10.0
+    assert race.limit == pytest.approx(100.0 * max(others))
+    assert 0.1 < max(others) < 20.0
     assert not lane.fault
 
 
@@ -112,3 +112,46 @@ def test_a_rate_that_is_too_high_for_single_examples_is_cured() -> None:
         optimizer.step()
     x, y = (torch.cat(part) for part in zip(*examples(1, 300)[200:], strict=True))
     assert float((model(x).argmax(-1) == y).float().mean()) > 0.9
+
+
+def test_a_limit_is_that_of_the_weights_as_they_were_given() -> None:
+    """The first step at a rate that is far too high would make every later one look harmless."""
+    result = gradguard.trial(
+        net(3, init="he"), examples(1), classification_loss, sgd(1e4), candidates=["adaptive-clip"], run_steps=300
+    )
+
+    assert result.control.outcome == "untreated"
+    assert "diverged" in result.control.why
+
+
+class Keeping(nn.Module):
+    """A net that keeps what it computed, and cannot be copied after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net(2)
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        self.last = self.inner(x)
+        return self.last
+
+
+def test_a_model_that_cannot_be_copied_once_it_ran_is_judged_by_its_last_losses() -> None:
+    """As it was before anybody looked further."""
+    race, lane = Race(Batches(examples(2), 80), classification_loss, base_seed=0), lane_of(Keeping())
+    race.advance(lane, 10)
+    look(race, lane)
+
+    assert lane.looked == []
+    assert lane.result == pytest.approx(np.median(lane.losses[-8:]))
+
+
+def test_a_single_batch_tells_no_more_than_it_did() -> None:
+    """Four examples that are all there is: their loss has no error of its own."""
+    race, lane = Race(Batches(examples(4)[:1], 1), classification_loss, base_seed=0), lane_of(net(2))
+    race.advance(lane, 10)
+    look(race, lane)
+
+    assert lane.looked == []

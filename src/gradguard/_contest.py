@@ -13,7 +13,7 @@ from gradguard._easing import EASED, OVERSHOOTS, UNDERSHOOTS, does_better, halve
 from gradguard._entrant import NOTICEABLE, Entrant, by_promise, far_behind, idles, leads_by_far
 from gradguard._health import EVENTS, LATE, OF_RUNS, SCREENED, THROUGH_TIME, Health
 from gradguard._judgement import Judgement, guesses
-from gradguard._measuring import is_coarse
+from gradguard._measuring import is_coarse, look
 from gradguard._mending import first_that_is_harmless, first_that_mends
 from gradguard._plan import Plan
 from gradguard._race import Lane, Race, check_memory
@@ -99,8 +99,10 @@ class Contest:
     def _run(self) -> None:
         self._control = [self._copies.untreated(0)]
         first = self._control[0]
-        self._copies.advance_to_end(first, 1)
-        self._race.set_limit(first)
+        look(self._race, first)
+        others = first.looked
+        self._copies.advance(first, 1)
+        self._race.set_limit(first, others)
         whole = is_coarse(self._race) or self._came_late
         self._copies.advance_to_end(first, self._plan.length if whole else self._plan.before_last)
         self.shown = self._shows()
@@ -134,8 +136,8 @@ class Contest:
         return not (late and any(entrant.remedy.level == 0 for entrant in self._entrants))
 
     def _is_decided(self, rung: int) -> bool:
-        """Whether the untreated copy lies so far behind after so many steps that its further ones tell nothing."""
-        return bool(self._illness) and leads_by_far(self._running(), self._control[0], rung)
+        """Whether the untreated copy stands still, and so far behind, that its further steps tell nothing."""
+        return bool(self._illness) and not self._learns() and leads_by_far(self._running(), self._control[0], rung)
 
     def _call_back(self) -> None:
         """Let those run to the end who stood better when they were dropped than the best one does now."""
@@ -165,7 +167,7 @@ class Contest:
         short = self._length < _SLOW <= self._plan.longest
         if leader is None or not short or not math.isnan(self._race.chance):
             return
-        won = leader.result < _WON * untreated < math.inf
+        won = untreated > 0.0 and leader.result < _WON * untreated < math.inf
         if won or not self._copies.adds_batch_norm(leader.lanes[0]) or not self.judgement.helps(leader):
             return
         dropped = [item for item in self._entrants if item.outcome == "dropped" and not item.screened and item.lanes]
@@ -173,9 +175,10 @@ class Contest:
             entrant.outcome = entrant.out = ""
         if not self._running()[1:]:
             return
-        if not self._is_decided(self._length):
+        decided, self._length = self._is_decided(self._length), _SLOW
+        self._copies.advance_measured(leader.lanes[0], _SLOW)
+        if not decided:
             self._copies.advance_to_end(self._control[0], _SLOW)
-        self._length = _SLOW
         self._race_to(_SLOW)
 
     def _call_reserves(self) -> None:

@@ -7,9 +7,11 @@ import math
 from typing import Any
 
 import numpy as np
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradguard._race import LAST, Lane, Race
+from gradguard._untouched import FAILURES
 from gradguard.monitors._trees import tensors
 
 __all__ = ["ENOUGH", "evaluate", "is_coarse", "look"]
@@ -32,11 +34,12 @@ def look(race: Race, lane: Lane, *, examples: int = ENOUGH) -> None:
         lane: The copy; ``looked`` is set.
         examples: How many to look at.
     """
-    if lane.fault or not lane.losses or not is_coarse(race):
+    if lane.fault or not is_coarse(race):
         return
     count = min(race.kept, math.ceil(examples / _examples(race.batch)))
-    losses = race.losses_ahead(copy.deepcopy(lane.model), lane, count)
-    if len(losses) == count and np.isfinite(losses).all():
+    twin = _copy(lane)
+    losses = race.losses_ahead(twin, lane, count) if twin is not None and count >= LAST else []
+    if losses and len(losses) == count and np.isfinite(losses).all():
         lane.looked = losses
 
 
@@ -53,14 +56,25 @@ def evaluate(race: Race, lane: Lane) -> None:
     if lane.fault or not lane.losses:
         return
     lane.beyond = 0.0
-    twin = copy.deepcopy(lane.model).eval()
-    for module in twin.modules():
+    twin = _copy(lane)
+    if twin is None:
+        return
+    for module in twin.eval().modules():
         if isinstance(module, _BatchNorm):
             _forget_the_beginning(module)
-    losses = race.losses_ahead(twin, lane, LAST)
-    if len(losses) == LAST:
-        evaluated = float(np.median(losses))
+    count = len(lane.looked) or LAST
+    losses = race.losses_ahead(twin, lane, count)
+    if len(losses) == count:
+        evaluated = float(np.mean(losses) if lane.looked else np.median(losses))
         lane.beyond = max(0.0, evaluated - lane.result) if math.isfinite(evaluated) else math.inf
+
+
+def _copy(lane: Lane) -> nn.Module | None:
+    """Return a copy whose buffers a pass may change; ``None`` where a model that has run cannot be copied."""
+    try:
+        return copy.deepcopy(lane.model)
+    except FAILURES:
+        return None
 
 
 def _forget_the_beginning(norm: _BatchNorm) -> None:
@@ -73,7 +87,7 @@ def _forget_the_beginning(norm: _BatchNorm) -> None:
     left = (1.0 - norm.momentum) ** int(norm.num_batches_tracked)
     if left < 1.0:
         norm.running_mean.div_(1.0 - left)
-        norm.running_var.sub_(left).div_(1.0 - left)
+        norm.running_var.sub_(left).div_(1.0 - left).clamp_(min=0.0)
 
 
 def _examples(batch: Any) -> int:

@@ -86,11 +86,12 @@ class Plan:
         return steps + self.length + (self.seeds - 1) * (running + 1) * self.length
 
 
-def make_plan(candidates: int, *, run_steps: int | None = None, steps: int | None = None) -> Plan:
+def make_plan(candidates: int, *, searched: int = 0, run_steps: int | None = None, steps: int | None = None) -> Plan:
     """Return the most thorough plan that costs at most a quarter of the run; for a short run the smallest there is.
 
     Args:
         candidates: How many there are, at least 0.
+        searched: Learning rates among them, whose search costs about as much again as a candidate.
         run_steps: Steps of the run that the trial is for, at least 1; ``None`` where unknown.
         steps: Length that the user asks for, at least 1; ``None`` to choose.
 
@@ -104,7 +105,7 @@ def make_plan(candidates: int, *, run_steps: int | None = None, steps: int | Non
     easing = _EASING if steps is None else 0
     if run_steps is None:
         return plans[0] if steps is not None else replace(plans[_USUAL], easing=easing)
-    chosen = next((plan for plan in plans if plan.cost(candidates) <= SHARE * run_steps), plans[-1])
+    chosen = next((plan for plan in plans if plan.cost(candidates + searched) <= SHARE * run_steps), plans[-1])
     room = run_steps < _LONG or chosen.cost(candidates) + _TO_EASE * max(easing, chosen.length) <= SHARE * run_steps
     return replace(
         chosen,

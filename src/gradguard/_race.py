@@ -182,7 +182,7 @@ class Race:
             compute_loss: Called as ``compute_loss(model, batch)``; returns a scalar loss or a mapping with ``"loss"``.
             base_seed: From which the random numbers of each step are derived.
         """
-        self._batches = batches
+        self._batches, self.kept = batches, len(batches)
         self.compute_loss = compute_loss
         self._base_seed = base_seed
         self.steps_taken = 0
@@ -195,18 +195,18 @@ class Race:
         return math.nan if self._chance is None else self._chance
 
     @property
-    def kept(self) -> int:
-        """How many batches there are."""
-        return len(self._batches)
-
-    @property
     def batch(self) -> Any:
         """The first batch, for remedies and checks that run the model once."""
         return self._batches.at(0, 0)
 
-    def set_limit(self, untreated: Lane) -> None:
-        """Derive from the untreated copy's first loss where divergence begins; that of one example may be zero."""
-        first = max((abs(loss) for loss in (*untreated.losses[:1], *untreated.looked)), default=math.nan)
+    def set_limit(self, untreated: Lane, others: Sequence[float] = ()) -> None:
+        """Derive from the untreated copy's first loss where divergence begins.
+
+        Args:
+            untreated: The copy, after its first step.
+            others: Losses of other batches before that step, where batches are small: that of one example may be zero.
+        """
+        first = max((abs(loss) for loss in (*untreated.losses[:1], *others)), default=math.nan)
         self.limit = _BLOWN_UP * max(first, 1e-6) if math.isfinite(first) else math.inf
 
     def advance(self, lane: Lane, until: int) -> None:
@@ -315,9 +315,10 @@ def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[flo
         others = [loss for loss in control.losses if math.isfinite(loss)][-len(mine) :]
         if control.fault:
             others = [max(others, default=math.inf)] * len(mine)
-        differences.extend(other - own - lane.beyond for other, own in zip(others, mine, strict=False))
+        last = mine[len(mine) - len(others) :]
+        differences.extend(other - own - lane.beyond for other, own in zip(others, last, strict=True))
     if looked and not differences:
-        return float(np.mean(looked)), float(np.std(looked)) / math.sqrt(len(looked))
+        return float(np.mean(looked)), float(np.std(looked, ddof=1)) / math.sqrt(len(looked))
     if not differences:
         return -math.inf, 0.0
     alike = len(differences) >= LAST and sorted(differences)[1] > 0.0

@@ -95,9 +95,9 @@ class Effect:
     """What a prescription did when it was tried on a copy of the model.
 
     Attributes:
-        loss_before: Loss of the untreated control at the end of the trial.
+        loss_before: Loss of the untreated control at the end of the trial; earlier where it stood still, far behind.
         loss_after: Loss of the treated copy at the end of the trial.
-        steps: Optimizer steps that each of the two was given.
+        steps: Optimizer steps that the treated copy was given.
     """
 
     loss_before: float

@@ -145,7 +145,8 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
         Race(kept, compute_loss, base_seed=seed),
         _at_the_rate_of(illness, make_optimizer),
         plan=make_plan(
-            len(entrants) + sum(entrant.remedy.searched for entrant in entrants),  # a search costs as much again
+            len(entrants),
+            searched=sum(entrant.remedy.searched for entrant in entrants),
             run_steps=run_steps,
             steps=steps,
         ),

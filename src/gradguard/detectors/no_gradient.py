@@ -193,7 +193,7 @@ def _zero_everywhere(history: History, config: GuardConfig, patterns: list[Zeros
     """
     mask = _mask(patterns, ZeroOwner.EVERYWHERE)
     losses = history.losses[1]
-    if losses.any() or losses.size < _FEWEST_LOSSES:
+    if not history.info.preflight and (losses.any() or losses.size < _FEWEST_LOSSES):
         mask &= ~_lossless(history)
     episode = last_episode(mask, patience=1 if history.info.preflight else config.growth_patience)
     if episode is None or episode.first > 0 or loss_progress(history).trend is Trend.FALLEN:

@@ -317,8 +317,8 @@ class SignalMonitor:
                 if activity is not None:
                     row.input_units.add(activity)
                 info = function_info(tensor)
-                if info is not None and values.ndim > 1:
-                    sample = values[:: max(1, -(-values.numel() // _SAMPLE_ENTRIES))]
+                if info is not None and values.ndim > 1 and values.numel():
+                    sample = values[:: -(-values.numel() // _SAMPLE_ENTRIES)]
                     row.add_function(self._readback, sample, info, axis)
         return axis
 
