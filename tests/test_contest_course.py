@@ -51,6 +51,16 @@ def test_an_untreated_copy_that_is_far_behind_takes_no_further_steps(illness: st
     assert held.judgement.ranking()[0].effect is not None
 
 
+def test_an_untreated_copy_that_learns_is_trained_to_the_end() -> None:
+    """However far behind it is by then: what a cure gains is measured against where it would have come."""
+    held = contest([("cure", 0, scaled(8.0))], lr=1e-2, illness="GG502", plan=PLAN)
+
+    best = held.judgement.best()
+    assert best is not None
+    assert best.effect is not None
+    assert held.judgement.control_run().steps == PLAN.length
+
+
 @pytest.mark.parametrize(("onset", "steps"), [(150, PLAN.length), (0, PLAN.before_last)])
 def test_what_came_late_in_a_run_is_looked_for_in_all_steps_of_the_untreated_copy(onset: int, steps: int) -> None:
     """A spike in the last of them would be missed."""

@@ -101,7 +101,7 @@ def test_an_expert_without_examples_is_no_failure() -> None:
     class Routed(Net):
         def forward(self, x: Tensor) -> Tensor:
             h = torch.tanh(self.first(x))
-            logits: Tensor = self.out(torch.tanh(h)) + self.out(torch.tanh(h[x[:, 0] > 99.0])).sum()
+            logits: Tensor = self.out(h) + self.second(torch.tanh(h[x[:, 0] > 99.0])).sum()
             return logits
 
     diagnosis = gradguard.check(Routed(torch.tanh), digit_batch(16), classification_loss)
