@@ -243,15 +243,13 @@ def _nothing_observed(*, preflight: bool, batches: int, steps: int) -> str:
     if steps:
         return (
             f"{steps} optimizer steps seen, and no gradient at any of them. Call guard.record(loss=loss) "
-            "after backward() and "
-            "before zero_grad()."
+            "after backward() and before zero_grad()."
         )
     if batches:
         passes = f"{batches} backward pass{'es' if batches != 1 else ''}"
         return (
             f"0 optimizer steps seen after {passes}. Pass the optimizer that updates this model to "
-            "gradguard.watch, or call "
-            "guard.step() after each update."
+            "gradguard.watch, or call guard.step() after each update."
         )
     return "Nothing was observed: no backward pass and no optimizer step was seen."
 

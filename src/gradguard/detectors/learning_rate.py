@@ -206,7 +206,6 @@ def _hardly_moves(history: History, config: GuardConfig) -> Finding | None:
     loss = loss_progress(history)
     if loss.learnt:
         return None
-    steps = history.steps.astype(np.int64)
     at_chance = still_at_chance(history)
     if loss.trend is not Trend.FLAT and not (at_chance and loss.trend is Trend.FALLING):
         return None
@@ -220,16 +219,26 @@ def _hardly_moves(history: History, config: GuardConfig) -> Finding | None:
         return None
     ratio = float(np.median(fastest[episode.first : episode.last + 1][mask[episode.first : episode.last + 1]]))
     by = f"by {power_of_ten(ratio)} of their size" if ratio > 0.0 else "not at all"
+    return _too_low(
+        history,
+        episode,
+        f"a step changes the weights {by} (upper quartile over matrices; about {power_of_ten(_TARGET)} is usual), and "
+        f"the loss {'does not fall' if loss.stuck else 'has not left chance'}.",
+        _evidence(history, episode, ratio, loss, note=f"below {limit:g}"),
+    )
+
+
+def _too_low(history: History, episode: Episode, message: str, evidence: dict[str, Evidence]) -> Finding:
+    steps = history.steps.astype(np.int64)
     return make_finding(
         "GG502",
         Severity.WARNING,
-        f"The learning rate is too low: a step changes the weights {by} (upper quartile over matrices; about "
-        f"{power_of_ten(_TARGET)} is usual), and the loss {'does not fall' if loss.stuck else 'has not left chance'}.",
+        f"The learning rate is too low: {message}",
         step=int(steps[episode.first]),
         last_step=int(steps[episode.last]),
         cause=Cause.LEARNING_RATE,
         confidence=min(0.85, 0.5 + 0.1 * min(episode.count, 3)),
-        evidence=_evidence(history, episode, ratio, loss, note=f"below {limit:g}"),
+        evidence=evidence,
     )
 
 
@@ -239,8 +248,7 @@ def _points_the_same_way(history: History, config: GuardConfig) -> Finding | Non
     episode = kept_direction(history)
     if episode is None or loss.trend in {Trend.RISEN, Trend.UNKNOWN} or was_learnt(history) or has_settled(losses):
         return None
-    steps = history.steps.astype(np.int64)
-    if steps[-1] - steps[0] < _LONG or _is_scheduled(history, episode):
+    if history.steps[-1] - history.steps[0] < _LONG or _is_scheduled(history, episode):
         return None
     limit = config.update_ratio_low * (_SAME_WAY if from_batch_to_batch(losses) > _NO_NOISE else _SAME_BATCH)
     ratios = leading_ratios(history)[episode.first : episode.last + 1]
@@ -248,17 +256,13 @@ def _points_the_same_way(history: History, config: GuardConfig) -> Finding | Non
     if not 0.0 < ratio < limit:
         return None
     cosine = float(np.nanmedian(distant_cosines(history)[episode.first : episode.last + 1]))
-    return make_finding(
-        "GG502",
-        Severity.WARNING,
-        f"The learning rate is too low: a step changes the weights by {power_of_ten(ratio)} of their size (median over "
-        f"matrices; about {power_of_ten(_TARGET)} is usual), and the gradient has kept its direction over "
+    return _too_low(
+        history,
+        episode,
+        f"a step changes the weights by {power_of_ten(ratio)} of their size (median over matrices; about "
+        f"{power_of_ten(_TARGET)} is usual), and the gradient has kept its direction over "
         f"{steps_kept(history, episode)} steps (cosine {cosine:.2f} from one observation to the next).",
-        step=int(steps[episode.first]),
-        last_step=int(steps[episode.last]),
-        cause=Cause.LEARNING_RATE,
-        confidence=min(0.85, 0.5 + 0.1 * min(episode.count, 3)),
-        evidence={
+        {
             **_evidence(history, episode, ratio, loss, note=f"below {limit:g}"),
             "gradient_cosine": Evidence(
                 value=cosine, unit="ratio", note="between gradients 10 steps apart or more, 1 is the same way"
