@@ -52,7 +52,11 @@ __all__ = ["OTHERS"]
 _BATCH: dict[str, Any] = {"norm": nn.BatchNorm1d}
 _LAYER: dict[str, Any] = {"norm": nn.LayerNorm}
 _DEEP: dict[str, Any] = {"depth": 12, "activation": nn.Tanh}
-_ADAM, _ADAMW, _SGD = ({"optimizer": name} for name in ("adam", "adamw", "sgd"))
+_TANHS: dict[str, Any] = {"activation": nn.Tanh, "width": 16}
+_FEW: dict[str, Any] = {"size": 1, "rate": 0.3}
+_ADAM, _ADAMW, _SGD, _RMSPROP, _ADAGRAD = (
+    {"optimizer": name} for name in ("adam", "adamw", "sgd", "rmsprop", "adagrad")
+)
 OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]], ...] = (
     ("regression-small", "GG101", regression, {"depth": 10, "optimizer": "adam"}, {"gain": 0.2}),
     ("regression-sigmoid", "GG101", regression, _DEEP, {"activation": nn.Sigmoid, "gain": 0.7}),
@@ -249,6 +253,19 @@ OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]
             ("large-Tanh-2", "GG302", {"size": 2, "depth": 5, "activation": nn.Tanh}, {"gain": 8.0}),
             ("dead-2", "GG301", {"size": 2, "depth": 5, "task": "cancer"}, {"fault": biases(-6.0)}),
             ("normal-1", "GG102", {"size": 1, "depth": 4, "task": "wine"}, {"fault": NORMAL}),
+            ("rate-Tanh-1", "GG501", {"size": 1, "rate": 0.3, "depth": 4, "activation": nn.Tanh}, {"rate": 100.0}),
+            ("rate-GELU-1", "GG501", {"size": 1, "rate": 0.5, "activation": nn.GELU, **_ADAMW}, {"rate": 300.0}),
+            ("rate-ReLU-1-sgd", "GG501", {"size": 1, "rate": 0.3, "depth": 4, **_SGD}, {"rate": 30.0}),
+            ("rate-ELU-1-rmsprop", "GG501", {**_FEW, "depth": 3, "activation": nn.ELU, **_RMSPROP}, {"rate": 30.0}),
+            ("rate-cancer-1-sgd", "GG501", {"size": 1, "depth": 4, "task": "cancer", **_SGD}, {"rate": 100.0}),
+            ("rate-wine-1-adagrad", "GG501", {"size": 1, "depth": 4, "task": "wine", **_ADAGRAD}, {"rate": 100.0}),
+            ("rate-blobs-1", "GG501", {"size": 1, "depth": 3, "task": "blobs", "width": 16}, {"rate": 300.0}),
+            ("rate-blobs-1-sgd", "GG501", {"size": 1, "depth": 5, "task": "blobs", **_TANHS, **_SGD}, {"rate": 60.0}),
+            ("rate-wide-1-sgd", "GG501", {"size": 1, "rate": 0.3, "width": 256, "depth": 2, **_SGD}, {"rate": 20.0}),
+            ("rate-low-1-sgd", "GG502", {"size": 1, "rate": 0.3, "depth": 3, **_SGD}, {"rate": 1e-4}),
+            ("rate-low-Tanh-1-sgd", "GG502", {"size": 1, "depth": 4, "task": "wine", **_TANHS, **_SGD}, {"rate": 1e-3}),
+            ("rate-low-GELU-1", "GG502", {"size": 1, "rate": 0.5, "activation": nn.GELU}, {"rate": 1e-3}),
+            ("rate-LayerNorm-1", "GG501", {"size": 1, "rate": 0.5, "depth": 4, **_LAYER}, {"rate": 100.0}),
         )
     ),
     *(
@@ -262,6 +279,42 @@ OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]
             ("small-GELU", "GG101", {"activation": nn.GELU, "depth": 8, **_ADAM}, {"gain": 0.3}),
             ("large-ReLU-adam", "GG102", {"depth": 8, **_ADAM}, {"gain": 2.5}),
             ("rate-Tanh-adam", "GG501", {"activation": nn.Tanh, "depth": 3, **_ADAM}, {"rate": 200.0}),
+            ("sharp-Tanh-2", "GG302", {"activation": nn.Tanh, "depth": 2, "rate": 3.0, **_ADAM}, {"gain": 20.0}),
+            ("sharp-Tanh-5-sgd", "GG302", {"activation": nn.Tanh, "depth": 5}, {"gain": 5.0}),
+            ("sharp-Tanh-wide", "GG302", {"activation": nn.Tanh, "width": 128, **_ADAM}, {"gain": 12.0}),
+            ("sharp-Sigmoid-3", "GG302", {"activation": nn.Sigmoid, "depth": 3, "rate": 3.0, **_ADAM}, {"gain": 15.0}),
+            ("sharp-Tanh-small", "GG302", {"activation": nn.Tanh, "size": 8, "depth": 3}, {"gain": 8.0}),
+            ("sharp-Tanh-6", "GG302", {"activation": nn.Tanh, "depth": 6, "rate": 2.0, **_ADAM}, {"gain": 3.5}),
+        )
+    ),
+    *(
+        (f"plane-{task}-{depth}-{optimizer}", "GG101", classifier, {**_TANHS, **twin}, {"activation": nn.Sigmoid})
+        for task, depth, optimizer, rate in (
+            ("circles", 5, "adam", 5.0),
+            ("circles", 8, "sgd", 5.0),
+            ("circles", 10, "adam", 5.0),
+            ("circles", 14, "rmsprop", 5.0),
+            ("circles", 7, "adagrad", 5.0),
+            ("blobs", 8, "adam", 2.0),
+            ("blobs", 12, "sgd", 5.0),
+        )
+        for twin in ({"task": task, "depth": depth, "optimizer": optimizer, "rate": rate},)
+    ),
+    *(
+        (
+            f"plane-deep-{depth}x{width}-{optimizer}",
+            "GG101",
+            classifier,
+            {"task": "circles", "depth": 4, "width": 16, "activation": nn.Tanh, "steps": 300, "rate": 5.0},
+            {"depth": depth, "width": width, "optimizer": optimizer, "rate": rate, "activation": nn.Sigmoid},
+        )
+        for depth, width, optimizer, rate in (
+            (8, 8, "adam", 1.0),
+            (8, 16, "sgd", 5.0),
+            (8, 16, "adam", 1.0),
+            (16, 16, "adam", 1.0),
+            (16, 8, "adam", 5.0),
+            (16, 16, "sgd", 5.0),
         )
     ),
     (

@@ -218,7 +218,8 @@ class Contest:
             if rung == _SLOW and not self._learns() and not self.judgement.somebody_helps():
                 self._call_reserves()
             if keep:
-                self._cut(rung, keep)
+                ill = [item for item in self._running() if self._stays_ill(item, rung)]
+                self._cut(rung, keep, last=ill)
 
     def _tune_rate(self) -> bool:
         """Try who leads at other rates: at lower ones where its steps overshoot, at higher ones where they are short.
@@ -265,6 +266,8 @@ class Contest:
     def _race_to(self, rung: int) -> None:
         advance = self._copies.advance_measured if rung == self._length and self._plan.easing else self._copies.advance
         for entrant in self._running():
+            if rung == self._length > _SLOW:
+                self._copies.advance_evaluated(entrant.lanes[0], rung)
             advance(entrant.lanes[0], rung)
             for _ in range(_RETRIES):
                 if entrant.lanes[0].fault and entrant.remedy.searched:
@@ -293,8 +296,8 @@ class Contest:
             for entrant in far_behind(self._running(), rung):
                 self._drop(entrant, "dropped", f"far behind after {rung} steps")
 
-    def _cut(self, rung: int, keep: int) -> None:
-        for entrant in by_promise(self._running(), self._control[0], rung)[keep:]:
+    def _cut(self, rung: int, keep: int, last: Sequence[Entrant] = ()) -> None:
+        for entrant in sorted(by_promise(self._running(), self._control[0], rung), key=last.__contains__)[keep:]:
             self._drop(entrant, "dropped", f"behind the others after {rung} steps")
 
     def _running(self) -> list[Entrant]:
@@ -333,6 +336,11 @@ class Contest:
             if self._is_hopeless(entrant):
                 entrant.screened = True
                 self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness}")
+
+    def _stays_ill(self, entrant: Entrant, rung: int) -> bool:
+        """Whether a copy still guesses, and a check, which is all there is to tell then, still finds the illness."""
+        known = self._illness in SCREENED and guesses(entrant.lanes[0].halves(rung)[1], self._race.chance)
+        return known and self._illness in self._health.after(entrant.lanes[0])
 
     def _is_hopeless(self, entrant: Entrant) -> bool:
         if self._illness not in SCREENED or entrant.remedy.acts_on != "model":

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import SGD
 
 from gradguard._entrant import Entrant
-from gradguard._measuring import evaluate, look
+from gradguard._measuring import AGAIN, evaluate, is_coarse, look
 from gradguard._plan import LOOK
 from gradguard._race import DRAW, Lane, Race, checked_optimizer, copy_of
 from gradguard._rates import HALF_A_DECADE, search_rate
@@ -31,6 +32,11 @@ __all__ = ["Copies", "OutOfTime"]
 
 _TO_TELL = 16
 """Examples by which rates are told apart where batches are small. Ours."""
+
+_RARE = HALF_A_DECADE
+"""Factor by which a rate is lowered besides where batches are small and steps are as long as their gradients: an
+example whose gradient is many times the usual comes seldom. Ours: of 14 sick runs of SGD on one or two examples 14 are
+cured so and 11 without; of 21 under optimizers that scale their steps 17 and 21."""
 
 
 class OutOfTime(Exception):  # noqa: N818  # not an error
@@ -97,6 +103,12 @@ class Copies:
         self.advance(lane, until)
         lane.end_measuring()
 
+    def advance_evaluated(self, lane: Lane, until: int) -> None:
+        """Train a copy with a cure's BatchNorm almost up to a step, and evaluate it on the way; leave others."""
+        for before in AGAIN if self.adds_batch_norm(lane) else ():
+            self.advance(lane, until - before)
+            self.evaluate(lane)
+
     def advance_to_end(self, lane: Lane, until: int) -> None:
         """Train a copy up to a step, and measure what it has come to."""
         self.advance(lane, until)
@@ -144,7 +156,10 @@ class Copies:
             return loss, statistics.median(lane.ratios) if lane.ratios else math.nan
 
         up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0
-        entrant.prescription = with_factor(entrant.prescription, search_rate(attempt, up=up))
+        factor = search_rate(attempt, up=up)
+        if best is not None and is_coarse(self._race) and isinstance(best[2].optimizer, SGD):
+            factor /= _RARE
+        entrant.prescription = with_factor(entrant.prescription, factor)
 
     def lower_rate(self, entrant: Entrant) -> None:
         """Begin again at a lower rate: what was fine for the few steps of the search is too high for more."""

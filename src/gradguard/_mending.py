@@ -54,7 +54,7 @@ def first_that_mends(
         if not entrant.lanes or entrant.lanes[0].fault or not entrant.lanes[0].losses:
             continue
         last = len(entrant.lanes[0].losses)
-        worse = entrant.lanes[0].halves(last)[1] - control.halves(last)[1]
+        worse = entrant.lanes[0].halves(last)[1] + entrant.lanes[0].beyond - control.halves(last)[1]
         left = health.after(entrant.lanes[0])
         remains = left.get(illness, 0.0)
         if remains < least and left.keys() <= found.keys() and not worse > allowed:

@@ -113,6 +113,7 @@ class Lane:
             small enough and below 0 where the loss rose; ``None`` where it is not measured.
         gain: Median of those measured last, NaN for none.
         beyond: By how much its loss in evaluation mode lies above its result, at least 0; see ``_measuring``.
+        evaluated: Losses in evaluation mode by steps taken; likewise.
         looked: Losses on the batches to come, as far as it is trained now, where batches are too small for the last few
             steps to tell; likewise.
         devices: CUDA devices of the copy, whose generators a step moves.
@@ -129,6 +130,7 @@ class Lane:
     gains: list[float] | None = None
     gain: float = math.nan
     beyond: float = 0.0
+    evaluated: dict[int, float] = field(default_factory=dict)
     looked: list[float] = field(default_factory=list)
     devices: list[int] = field(init=False)
 
