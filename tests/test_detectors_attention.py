@@ -13,9 +13,10 @@ from torch import nn
 import gradguard
 from gradguard.config import GuardConfig
 from gradguard.detectors import find_entropy_collapse, find_logit_growth, run_detectors
-from gradguard.diagnosis import diagnose, link_findings
+from gradguard.diagnosis import diagnose
 from gradguard.findings import Cause, Finding, Severity
 from gradguard.history import History
+from gradguard.linking import link_findings
 from gradguard.prescriptions import prescribe
 from tests.histories import NAN, changed, falling, flat, observation, run_of, sequential
 from tests.models import TransformerClassifier, classification_loss, digit_batch

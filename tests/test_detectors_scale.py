@@ -17,9 +17,9 @@ from gradguard.detectors import run_detectors
 from gradguard.detectors.clipping import find_clipping
 from gradguard.detectors.epsilon import find_epsilon_limited, find_update_rms_spike
 from gradguard.detectors.initialization import find_poor_initialization
-from gradguard.diagnosis import link_findings
 from gradguard.findings import Cause, Finding, Severity
 from gradguard.history import History
+from gradguard.linking import link_findings
 from gradguard.records import StepRecord
 from tests.driving import observe
 from tests.histories import NAN, chain, changed, falling, flat

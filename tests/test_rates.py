@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradguard
+from gradguard._copies import Copies
+from gradguard._entrant import Entrant
 from gradguard._race import Batches, Lane, Race
 from gradguard._rates import search_rate
+from gradguard.prescriptions import plain_prescription
+from gradguard.remedies import catalogue
 from tests.models import classification_loss
 from tests.test_trials import batches, net, sgd
 
@@ -29,6 +33,32 @@ def test_a_rate_that_diverges_after_the_search_is_lowered(monkeypatch: pytest.Mo
     assert result.best.arguments["factor"] == pytest.approx(1e-3 / math.sqrt(10.0), rel=0.05)
     assert result.best.effect is not None
     assert result.best.effect.loss_after < 2.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "lowered"),
+    [(torch.optim.SGD, 1, True), (torch.optim.SGD, 64, False), (torch.optim.Adam, 1, False)],
+    ids=["single examples", "whole batches", "steps of one size"],
+)
+def test_single_examples_get_a_wider_margin_where_steps_follow_the_gradient(
+    monkeypatch: pytest.MonkeyPatch, kind: type[torch.optim.Optimizer], size: int, lowered: bool
+) -> None:
+    """An example whose gradient is many times the usual comes later than a search ends."""
+    monkeypatch.setattr("gradguard._copies.search_rate", lambda attempt, *, up: 1e-3 if attempt(0.1, 3) else 1.0)
+    data = [(x[:size], y[:size]) for x, y in batches()]
+    race = Race(Batches(data, 40), classification_loss, base_seed=0)
+    cure = catalogue.find("lower-learning-rate")
+    assert cure is not None
+    candidate = Entrant(prescription=plain_prescription("lower-learning-rate"), remedy=cure)
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return kind(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+
+    Copies(net(init="he"), race, make).search_rate(candidate)
+
+    assert candidate.prescription.arguments["factor"] == pytest.approx(
+        1e-3 / (math.sqrt(10.0) if lowered else 1.0), rel=0.02
+    )
 
 
 @given(st.floats(-7.5, 7.5), st.booleans(), st.sampled_from([math.nan, 0.1, 7e-3 * math.sqrt(10.0)]))

@@ -8,17 +8,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gradguard
 from gradguard._contest import Contest
+from gradguard._copies import Copies
 from gradguard._entrant import Entrant
 from gradguard._health import Health
 from gradguard._judgement import Judgement
 from gradguard._measuring import evaluate
-from gradguard._plan import make_plan
+from gradguard._mending import first_that_mends
+from gradguard._plan import Plan, make_plan
 from gradguard._race import Batches, Lane, Race, paired_gain
 from gradguard.findings import Finding, Prescription, Severity
 from gradguard.preflight import check
@@ -214,6 +217,64 @@ def test_a_model_that_fails_in_evaluation_mode_is_judged_by_training_alone() -> 
     evaluate(ran, lane)
 
     assert (lane.beyond, lane.fault) == (0.0, "")
+
+
+def test_a_long_race_evaluates_batch_norm_on_the_way() -> None:
+    """In evaluation mode a loss goes up and down over the steps: the mean of the last three times counts."""
+    data = shifted(80)
+    ran = Race(Batches(data, 80), squares, base_seed=0)
+    torch.manual_seed(0)
+    copies = Copies(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)), ran, sgd(0.01))
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    lane = Lane("", 0, model, sgd(0.01)(model))
+    plain = copies.untreated(0)
+
+    for until in (40, 80):
+        copies.advance_evaluated(lane, until)
+        copies.advance_to_end(lane, until)
+        copies.advance_evaluated(plain, until)
+
+    assert list(lane.evaluated) == [24, 32, 40, 64, 72, 80]
+    median = float(np.median(lane.losses[-8:]))
+    assert lane.result == pytest.approx(max(median, np.mean([lane.evaluated[step] for step in (64, 72, 80)])))
+    assert (plain.losses, plain.evaluated) == ([], {})
+
+
+def test_cures_that_leave_the_illness_are_cut_first_where_all_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No loss tells one from another there: what does is the flow through them."""
+    monkeypatch.setattr(Health, "_found", lambda _, model: {} if hasattr(model, "treated") else {"GG101": 9.0})
+
+    def mends(target: Target) -> Applied:
+        target.model.treated = True  # type: ignore[assignment]
+        return scaled(-1e2)(target)  # by its loss it promises least
+
+    held = Contest(
+        net(init="he"),
+        Race(Batches(batches(), 40), classification_loss, base_seed=0),
+        sgd(1e-9),
+        plan=Plan((2, 6, 12), (4, 3), 1, ((20, 3), (40, 0))),
+        illness=Finding(code="GG101", name="", family="", severity=Severity.WARNING, message="", step=0, last_step=0),
+    )
+    held.run([*(entrant(name, scaled(1.0)) for name in ("first", "second", "third")), entrant("mends", mends)])
+
+    assert outcomes(held)["mends"] == "best"
+    assert sorted(outcomes(held).values()) == ["best", "dropped", "no effect", "no effect"]
+
+
+@pytest.mark.parametrize(("beyond", "chosen"), [(0.0, "batch-norm"), (0.6, "relu")])
+def test_a_cure_that_is_worse_in_evaluation_mode_mends_nothing(beyond: float, chosen: str) -> None:
+    """Whatever a check makes of its layers."""
+    held, untreated = [entrant(name, scaled(1.0)) for name in ("batch-norm", "relu")], lane_at(*[0.7] * 8)
+    for item in held:
+        item.lanes = [lane_at(*[0.7] * 8)]
+        item.lanes[0].found = 8, {}
+    held[0].lanes[0].beyond = beyond
+    health = Health(nn.Linear(1, 1), Race(Batches(batches(1), 1), classification_loss, base_seed=0), "GG101")
+
+    mender = first_that_mends(held, untreated, health, {"GG101": 5.0}, "GG101", allowed=0.01)
+
+    assert mender is not None
+    assert mender.prescription.remedy == chosen
 
 
 # ----------------------------------------------------------------------------------------------- what else is looked at

@@ -18,9 +18,10 @@ from torch import nn
 
 from gradguard._run_info import describe_run
 from gradguard.detectors import DEFAULT_DETECTORS, Detector, run_detectors
-from gradguard.diagnosis import diagnose, link_findings
+from gradguard.diagnosis import diagnose
 from gradguard.findings import Diagnosis, Finding, MatrixSpectrum, Unobserved
 from gradguard.history import History
+from gradguard.linking import link_findings
 from gradguard.monitors import (
     GradientMonitor,
     LossMonitor,
@@ -266,7 +267,7 @@ class Observing:
         self.drain_losses()
         if self.losses.cross_entropy and not self.history.info.classes:  # known since the first loss with a graph
             self.history.info = self._run_info(preflight=self.history.info.preflight)
-        return link_findings(run_detectors(self.history, self._config, self._detectors))
+        return link_findings(run_detectors(self.history, self._config, self._detectors), self._config)
 
     def diagnose(self, *, steps: int, batches: int, overhead: float) -> Diagnosis:
         """Return the verdict on everything observed so far.
