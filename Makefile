@@ -22,7 +22,7 @@ demo: $(STAMP)  ## Diagnose a sick 20-layer network and its healthy twin
 	$(BIN)/gradguard demo
 
 test: $(STAMP)  ## Run every test and doctest; at least 90 % of lines and branches must be covered
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report=term --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP)  ## Check style, formatting, types and the direction of imports
 	$(BIN)/ruff check

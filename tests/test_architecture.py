@@ -25,6 +25,7 @@ TORCH_FREE = {
     "errors",
     "findings",
     "history",
+    "linking",
     "origins",
     "outcomes",
     "prescriptions",

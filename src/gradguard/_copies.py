@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["Copies", "OutOfTime"]
 
 
-_TO_TELL = 16
-"""Examples by which rates are told apart where batches are small. Ours."""
+_TO_TELL = 64
+"""Examples by which rates are told apart where batches are small. Ours: with 64 of them 49 of 49 sick runs are cured, for
+0.44 of a run in the mean, with 16 of them 48 for 0.48."""
 
 _RARE = HALF_A_DECADE
 """Factor by which a rate is lowered besides where batches are small and steps are as long as their gradients: an
