@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from gradguard.config import GuardConfig
-from gradguard.findings import Cause, Evidence, Finding, Severity
+from gradguard.findings import Cause, Finding, Severity
 from gradguard.linking import link_findings
 from gradguard.rules import RULES
 
@@ -108,38 +108,3 @@ def test_the_worst_of_independent_illnesses_is_primary() -> None:
         "GG102",
         "GG503",
     ]
-
-
-def measured(code: str, cause: Cause | None = None, **decades: float) -> Finding:
-    """Return a finding at step 0 with these numbers as its evidence."""
-    return found(code, 0, cause=cause, evidence={name: Evidence(value=value) for name, value in decades.items()})
-
-
-@pytest.mark.parametrize(
-    ("cause", "span", "cost", "first"),
-    [
-        (Cause.DATA, -3.4, -1.0, "GG302"),
-        (Cause.DATA, -11.0, -1.0, "GG101"),
-        (Cause.DATA, -3.4, 0.0, "GG101"),
-        (Cause.WEIGHT_SCALE, -3.4, -1.0, "GG101"),
-    ],
-    ids=["by the data", "by the depth", "nothing is lost there", "by the weights"],
-)
-def test_inputs_far_off_come_before_the_depth_where_they_account_for_it(
-    cause: Cause, span: float, cost: float, first: str
-) -> None:
-    """Nothing in a model brings about its data; where it takes less than three decades without them, they are first."""
-    depth, saturated = measured("GG101", span=span), measured("GG302", cause, saturation_span=cost)
-    (second,) = {"GG101", "GG302"} - {first}
-
-    for findings in itertools.permutations((depth, saturated)):
-        assert linked(*findings) == [(first, None), (second, first)]
-
-
-def test_the_limit_of_a_span_is_that_of_the_configuration() -> None:
-    """Who asks for a warning beyond two decades hears of the depth first where two and a half are left."""
-    findings = (measured("GG101", span=-3.4), measured("GG302", Cause.DATA, saturation_span=-1.0))
-    strict = GuardConfig(span_info=1.0, span_warning=2.0)
-
-    assert [f.code for f in link_findings(findings)] == ["GG302", "GG101"]
-    assert [f.code for f in link_findings(findings, strict)] == ["GG101", "GG302"]

@@ -36,29 +36,34 @@ def test_a_rate_that_diverges_after_the_search_is_lowered(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "lowered"),
-    [(torch.optim.SGD, 1, True), (torch.optim.SGD, 64, False), (torch.optim.Adam, 1, False)],
-    ids=["single examples", "whole batches", "steps of one size"],
+    ("kind", "size", "found", "expected"),
+    [
+        (torch.optim.SGD, 1, 1e-3, 1e-3 / math.sqrt(10.0)),
+        (torch.optim.SGD, 3, 1e-3, 1e-3),
+        (torch.optim.Adam, 1, 1e-3, 1e-3),
+        (torch.optim.SGD, 1, 100.0, 100.0 / math.sqrt(10.0)),
+        (torch.optim.SGD, 1, 2.0, 1.0),
+    ],
+    ids=["single examples", "more of them", "steps of one size", "upwards", "never below the rate that was too low"],
 )
 def test_single_examples_get_a_wider_margin_where_steps_follow_the_gradient(
-    monkeypatch: pytest.MonkeyPatch, kind: type[torch.optim.Optimizer], size: int, lowered: bool
+    monkeypatch: pytest.MonkeyPatch, kind: type[torch.optim.Optimizer], size: int, found: float, expected: float
 ) -> None:
     """An example whose gradient is many times the usual comes later than a search ends."""
-    monkeypatch.setattr("gradguard._copies.search_rate", lambda attempt, *, up: 1e-3 if attempt(0.1, 3) else 1.0)
+    name = "higher-learning-rate" if found > 1.0 else "lower-learning-rate"
+    monkeypatch.setattr("gradguard._copies.search_rate", lambda attempt, *, up: found if attempt(0.1, 3) else 1.0)
     data = [(x[:size], y[:size]) for x, y in batches()]
     race = Race(Batches(data, 40), classification_loss, base_seed=0)
-    cure = catalogue.find("lower-learning-rate")
+    cure = catalogue.find(name)
     assert cure is not None
-    candidate = Entrant(prescription=plain_prescription("lower-learning-rate"), remedy=cure)
+    candidate = Entrant(prescription=plain_prescription(name), remedy=cure)
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         return kind(model.parameters(), lr=0.1)  # type: ignore[call-arg]
 
     Copies(net(init="he"), race, make).search_rate(candidate)
 
-    assert candidate.prescription.arguments["factor"] == pytest.approx(
-        1e-3 / (math.sqrt(10.0) if lowered else 1.0), rel=0.02
-    )
+    assert candidate.prescription.arguments["factor"] == pytest.approx(expected, rel=0.02)
 
 
 @given(st.floats(-7.5, 7.5), st.booleans(), st.sampled_from([math.nan, 0.1, 7e-3 * math.sqrt(10.0)]))

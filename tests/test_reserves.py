@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -219,25 +218,43 @@ def test_a_model_that_fails_in_evaluation_mode_is_judged_by_training_alone() -> 
     assert (lane.beyond, lane.fault) == (0.0, "")
 
 
-def test_a_long_race_evaluates_batch_norm_on_the_way() -> None:
-    """In evaluation mode a loss goes up and down over the steps: the mean of the last three times counts."""
-    data = shifted(80)
-    ran = Race(Batches(data, 80), squares, base_seed=0)
+def normed() -> tuple[Copies, Lane, Race]:
+    """Return the copies of a model without BatchNorm, one to which a cure has given it, and their race."""
+    ran = Race(Batches(shifted(80), 80), squares, base_seed=0)
     torch.manual_seed(0)
-    copies = Copies(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)), ran, sgd(0.01))
+    copies = Copies(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)), ran, sgd(1e-6))
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
-    lane = Lane("", 0, model, sgd(0.01)(model))
-    plain = copies.untreated(0)
+    return copies, Lane("", 0, model, sgd(0.01)(model)), ran
 
-    for until in (40, 80):
-        copies.advance_evaluated(lane, until)
+
+@pytest.mark.parametrize(("rungs", "looks"), [((40,), [40]), ((16, 80), [16, 64, 72, 80]), ((80, 80), [64, 72, 80])])
+def test_a_long_race_evaluates_batch_norm_on_the_way(
+    monkeypatch: pytest.MonkeyPatch, rungs: tuple[int, ...], looks: list[int]
+) -> None:
+    """The median of three times counts, of this rung alone, and no copy is measured twice at the same step."""
+    excess, seen = {16: 9.0, 40: 4.0, 64: math.inf, 72: 0.25, 80: 0.5}, []
+
+    def look(_race: Race, lane: Lane) -> None:
+        seen.append(len(lane.losses))
+        lane.beyond = excess[seen[-1]]
+
+    monkeypatch.setattr("gradguard._copies.evaluate", look)
+    copies, lane, _ = normed()
+    for until in rungs:
         copies.advance_to_end(lane, until)
-        copies.advance_evaluated(plain, until)
 
-    assert list(lane.evaluated) == [24, 32, 40, 64, 72, 80]
-    median = float(np.median(lane.losses[-8:]))
-    assert lane.result == pytest.approx(max(median, np.mean([lane.evaluated[step] for step in (64, 72, 80)])))
-    assert (plain.losses, plain.evaluated) == ([], {})
+    assert seen == looks
+    assert lane.beyond == (4.0 if rungs == (40,) else 0.5)
+
+
+def test_a_copy_without_batch_norm_is_not_evaluated() -> None:
+    """There is nothing that only the batch makes good."""
+    copies, _, ran = normed()
+    plain = copies.untreated(0)
+    copies.advance_to_end(plain, 80)
+
+    assert (len(plain.losses), plain.beyond) == (80, 0.0)
+    assert ran.steps_taken == 80
 
 
 def test_cures_that_leave_the_illness_are_cut_first_where_all_guess(monkeypatch: pytest.MonkeyPatch) -> None:

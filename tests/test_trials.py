@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gradguard
 from gradguard._plan import SHARE, make_plan
-from gradguard._race import checked_optimizer
+from gradguard._twins import checked_optimizer
 from gradguard._untouched import cuda_devices
 from gradguard.errors import UnsupportedModelError
 from gradguard.findings import Severity
@@ -349,7 +349,7 @@ def test_a_generator_of_batches_is_read_once() -> None:
 
 def test_copies_that_do_not_fit_into_memory_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """With how much it takes and how much there is."""
-    monkeypatch.setattr("gradguard._race._free_memory", lambda _: 1000.0)
+    monkeypatch.setattr("gradguard._twins._free_memory", lambda _: 1000.0)
 
     with pytest.raises(UnsupportedModelError, match=r"4 copies of this model .* GiB are free"):
         gradguard.trial(net(init="he"), batches(3), classification_loss, adam, candidates=["clip-norm"])

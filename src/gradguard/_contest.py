@@ -11,13 +11,14 @@ from torch import nn
 from gradguard._copies import Copies, OutOfTime
 from gradguard._easing import EASED, OVERSHOOTS, UNDERSHOOTS, does_better, halved
 from gradguard._entrant import NOTICEABLE, Entrant, by_promise, far_behind, idles, leads_by_far
-from gradguard._health import EVENTS, LATE, OF_RUNS, SCREENED, THROUGH_TIME, Health
+from gradguard._health import OF_RUNS, SCREENED, THROUGH_TIME, Health, Illness
 from gradguard._judgement import Judgement, guesses
 from gradguard._measuring import is_coarse, look
 from gradguard._mending import first_that_is_harmless, first_that_mends
 from gradguard._plan import Plan
-from gradguard._race import Lane, Race, check_memory
+from gradguard._race import Lane, Race
 from gradguard._rates import HALF_A_DECADE
+from gradguard._twins import check_memory
 from gradguard._untouched import FAILURES
 from gradguard.findings import Finding
 
@@ -33,8 +34,7 @@ _CALLED = 6
 """Candidates up to which reserves are called where nobody helps. Ours."""
 
 _SLOW = 40
-"""Steps up to which a race for an illness of layers goes on where the untreated copy learns, and no cure does better
-yet. Ours."""
+"""Steps up to which a race for an illness of layers goes on where the untreated copy learns as well as any. Ours."""
 
 _WON = 0.4
 """Share of the untreated copy's loss below which a race is won by far. Ours: BatchNorm that leads sigmoid regressions
@@ -63,10 +63,8 @@ class Contest:
         self._copies = Copies(model, race, make_optimizer, deadline=deadline)
         self._race = race
         self._plan = plan
-        self._illness, self._onset, self._lasted, self._climbed = "", 0, 0, False
-        if illness is not None:
-            self._illness, self._onset, self._lasted = illness.code, illness.step, illness.last_step
-            self._climbed = "climbed_lr" in illness.evidence
+        self._ill = Illness.of(illness)
+        self._illness = self._ill.code
         self._health = Health(model, race, self._illness)
         self._progress = progress
         self._control: list[Lane] = []
@@ -103,7 +101,7 @@ class Contest:
         others = first.looked
         self._copies.advance(first, 1)
         self._race.set_limit(first, others)
-        whole = is_coarse(self._race) or self._came_late
+        whole = is_coarse(self._race) or self._ill.came_late
         self._copies.advance_to_end(first, self._plan.length if whole else self._plan.before_last)
         self.shown = self._shows()
         for entrant in self._entrants:
@@ -126,13 +124,9 @@ class Contest:
             self._repeat(seed)
         self._look_at_health()
 
-    @property
-    def _came_late(self) -> bool:
-        return self._illness in EVENTS and self._onset >= LATE
-
     def _shows(self) -> bool:
         """Whether the untreated copy is ill: what began late in a run need not show in its first steps."""
-        late = self._came_late and not self._climbed and self._learns()
+        late = self._ill.came_late and not self._ill.climbed and self._learns()
         return not (late and any(entrant.remedy.level == 0 for entrant in self._entrants))
 
     def _is_decided(self, rung: int) -> bool:
@@ -218,8 +212,7 @@ class Contest:
             if rung == _SLOW and not self._learns() and not self.judgement.somebody_helps():
                 self._call_reserves()
             if keep:
-                ill = [item for item in self._running() if self._stays_ill(item, rung)]
-                self._cut(rung, keep, last=ill)
+                self._cut(rung, keep, last=[item for item in self._running() if self._guesses_and_is_ill(item, rung)])
 
     def _tune_rate(self) -> bool:
         """Try who leads at other rates: at lower ones where its steps overshoot, at higher ones where they are short.
@@ -264,19 +257,20 @@ class Contest:
         self._entrants[self._entrants.index(old)] = new
 
     def _race_to(self, rung: int) -> None:
-        advance = self._copies.advance_measured if rung == self._length and self._plan.easing else self._copies.advance
         for entrant in self._running():
-            if rung == self._length > _SLOW:
-                self._copies.advance_evaluated(entrant.lanes[0], rung)
-            advance(entrant.lanes[0], rung)
+            self._advance(entrant.lanes[0], rung)
             for _ in range(_RETRIES):
                 if entrant.lanes[0].fault and entrant.remedy.searched:
                     self._copies.lower_rate(entrant)
-                    advance(entrant.lanes[0], rung)
+                    self._advance(entrant.lanes[0], rung)
             if entrant.lanes[0].fault:
                 self._drop(entrant, "diverged", entrant.lanes[0].fault)
-            elif rung == self._length:
-                self._copies.evaluate(entrant.lanes[0])
+
+    def _advance(self, lane: Lane, rung: int) -> None:
+        if rung == self._length:
+            self._copies.advance_to_end(lane, rung, gains=bool(self._plan.easing))
+        else:
+            self._copies.advance(lane, rung)
 
     def _thin(self, rung: int, keep: int) -> None:
         """Keep the most promising; from the second rung on also drop whoever does as if nothing had been done.
@@ -313,7 +307,7 @@ class Contest:
 
     def _enter(self, entrant: Entrant) -> None:
         if not self.shown and entrant.remedy.level > 0:
-            self._drop(entrant, "dropped", f"what began at step {self._onset} does not show here")
+            self._drop(entrant, "dropped", f"what began at step {self._ill.onset} does not show here")
             return
         try:
             if entrant.remedy.searched and self.shown:
@@ -337,15 +331,13 @@ class Contest:
                 entrant.screened = True
                 self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness}")
 
-    def _stays_ill(self, entrant: Entrant, rung: int) -> bool:
-        """Whether a copy still guesses, and a check, which is all there is to tell then, still finds the illness."""
-        known = self._illness in SCREENED and guesses(entrant.lanes[0].halves(rung)[1], self._race.chance)
-        return known and self._illness in self._health.after(entrant.lanes[0])
-
     def _is_hopeless(self, entrant: Entrant) -> bool:
         if self._illness not in SCREENED or entrant.remedy.acts_on != "model":
             return False
-        return self._illness in self._health.at_first() and self._illness in self._health.after(entrant.lanes[0])
+        return self._illness in self._health.at_first() and self._health.stays(entrant.lanes[0])
+
+    def _guesses_and_is_ill(self, entrant: Entrant, rung: int) -> bool:
+        return guesses(entrant.lanes[0].halves(rung)[1], self._race.chance) and self._health.stays(entrant.lanes[0])
 
     def _repeat(self, seed: int) -> None:
         """Run the untreated copy and the finalists again under another seed."""
@@ -354,8 +346,7 @@ class Contest:
         lanes: list[tuple[Entrant, Lane]] = []
         for entrant in self._running():
             lane = self._copies.treated(entrant, seed)
-            self._copies.advance(lane, self._length)
-            self._copies.evaluate(lane)
+            self._copies.advance_to_end(lane, self._length)
             lanes.append((entrant, lane))
         self._control.append(control)
         for entrant, lane in lanes:
@@ -372,7 +363,7 @@ class Contest:
             return
         self._mender = self._first_that_mends() if self.shown else None
         learns = self._control[0].fault or self._learns()
-        told = self._lasted > 0 and (self._illness in OF_RUNS or not learns)
+        told = self._ill.lasted > 0 and (self._illness in OF_RUNS or not learns)
         self.unproven = self._mender is None and (not self.shown or told)
         if self.unproven:
             self._mender = first_that_is_harmless(self._entrants, self.judgement)
@@ -390,6 +381,8 @@ class Contest:
             found = found | self._health.at_first()
         if self._illness not in found:
             return None
+        for lane in [item.lanes[0] for item in self._entrants if item.lanes and item.lanes[0].losses]:
+            self._copies.advance_to_end(lane, len(lane.losses))
         return first_that_mends(
             self._entrants, control, self._health, found, self._illness, allowed=0.5 * NOTICEABLE * abs(after)
         )

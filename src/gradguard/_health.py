@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from torch import nn
 
-from gradguard._race import Lane, Race, copy_of
+from gradguard._race import Lane, Race
+from gradguard._twins import copy_of
 from gradguard._untouched import FAILURES
 from gradguard.findings import Finding, Severity
 from gradguard.preflight import check
 
-__all__ = ["EVENTS", "LATE", "OF_RUNS", "SCREENED", "THROUGH_TIME", "Health"]
+__all__ = ["OF_RUNS", "SCREENED", "THROUGH_TIME", "Health", "Illness"]
 
 THROUGH_TIME = frozenset({"GG111", "GG112"})
 """Illnesses of recurrent nets, measured over time steps."""
@@ -29,6 +31,35 @@ OF_RUNS = frozenset({"GG103", "GG402", "GG501", "GG502", "GG504", "GG505", "GG70
 
 SCREENED = frozenset({"GG101", "GG102", "GG104", "GG301", "GG302", "GG403"})
 """Illnesses that a check before the first step sees, so that a cure which leaves them needs no training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Illness:
+    """What a finding says of when something was wrong.
+
+    Attributes:
+        code: Of its rule, empty for none.
+        onset: First step of it.
+        lasted: Last step at which it was seen.
+        climbed: Whether the learning rate had climbed by then.
+    """
+
+    code: str = ""
+    onset: int = 0
+    lasted: int = 0
+    climbed: bool = False
+
+    @classmethod
+    def of(cls, finding: Finding | None) -> Illness:
+        """Return that of a finding, or none."""
+        if finding is None:
+            return cls()
+        return cls(finding.code, finding.step, finding.last_step, "climbed_lr" in finding.evidence)
+
+    @property
+    def came_late(self) -> bool:
+        """Whether it came over a run that was well until then, too late for a trial to show it for certain."""
+        return self.code in EVENTS and self.onset >= LATE
 
 
 class Health:
@@ -59,6 +90,10 @@ class Health:
         if lane.found is None or lane.found[0] != len(lane.losses):
             lane.found = len(lane.losses), self._found(lane.model)
         return lane.found[1]
+
+    def stays(self, lane: Lane) -> bool:
+        """Whether a check sees this illness, and still finds it in a copy as far as it has been trained."""
+        return self._illness in SCREENED and self._illness in self.after(lane)
 
     def _found(self, model: nn.Module) -> dict[str, float]:
         """Return what a check warns of, and the illness itself however mild it looks there.

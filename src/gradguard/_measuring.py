@@ -14,34 +14,30 @@ from gradguard._race import LAST, Lane, Race
 from gradguard._untouched import FAILURES
 from gradguard.monitors._trees import tensors
 
-__all__ = ["AGAIN", "ENOUGH", "evaluate", "is_coarse", "look"]
+__all__ = ["ENOUGH", "evaluate", "examples", "is_coarse", "look"]
 
 ENOUGH = 128
-"""Examples that a result is taken over at least. Ours: batches of one give eight examples in eight steps; of 59 sick
-runs on batches of one to eight examples 48 are cured so, 47 with 64; of 21 of them 16 with 64, and 15 where the last
-eight losses are all there is."""
-
-AGAIN = (16, 8)
-"""Steps before the end of a long race at which a copy is evaluated as well. Ours: of sigmoid nets in the plane with
-BatchNorm the loss in evaluation mode is 0.49 after 160 steps, 0.8 after 120 and 0.65 after 200."""
+"""Examples that a result is taken over, as far as there are batches. Ours: batches of one give eight in eight steps; of
+59 sick runs on batches of one to eight examples 48 are cured so, 47 with 64; of 21 of them 16 with 64, and 15 where the
+last eight losses are all there is."""
 
 
 def is_coarse(race: Race) -> bool:
     """Whether batches hold so few examples that the last losses of a copy say little."""
-    return 0 < LAST * _examples(race.batch) < ENOUGH
+    return 0 < LAST * examples(race.batch) < ENOUGH
 
 
-def look(race: Race, lane: Lane, *, examples: int = ENOUGH) -> None:
+def look(race: Race, lane: Lane, *, enough: int = ENOUGH) -> None:
     """Measure a copy on the batches to come, without a step, where batches are small.
 
     Args:
         race: With the batches.
         lane: The copy; ``looked`` is set.
-        examples: How many to look at.
+        enough: Examples to look at.
     """
     if lane.fault or not is_coarse(race):
         return
-    count = min(race.kept, math.ceil(examples / _examples(race.batch)))
+    count = min(race.kept, math.ceil(enough / examples(race.batch)))
     twin = _copy(lane)
     losses = race.losses_ahead(twin, lane, count) if twin is not None and count >= LAST else []
     if losses and len(losses) == count and np.isfinite(losses).all():
@@ -52,12 +48,11 @@ def evaluate(race: Race, lane: Lane) -> None:
     """Measure a copy in evaluation mode, where BatchNorm no longer sees the batch: what only it makes of it counts.
 
     Its statistics are those of the steps so far, less what is left of their beginning (0 and 1); where weights move
-    fast or layers are many they lag behind, as they would in a run, now more and now less: what it was found at a few
-    steps before counts as well. Looked at are the batches to come.
+    fast or layers are many they lag behind, as they would in a run. Looked at are the batches to come.
 
     Args:
         race: With the batches.
-        lane: The copy; ``beyond`` and ``evaluated`` are set.
+        lane: The copy; ``beyond`` is set.
     """
     if lane.fault or not lane.losses:
         return
@@ -71,9 +66,7 @@ def evaluate(race: Race, lane: Lane) -> None:
     count = len(lane.looked) or LAST
     losses = race.losses_ahead(twin, lane, count)
     if len(losses) == count:
-        now = len(lane.losses)
-        lane.evaluated[now] = float(np.mean(losses) if lane.looked else np.median(losses))
-        evaluated = float(np.mean([loss for step, loss in lane.evaluated.items() if step >= now - AGAIN[0]]))
+        evaluated = float(np.mean(losses) if lane.looked else np.median(losses))
         lane.beyond = max(0.0, evaluated - lane.result) if math.isfinite(evaluated) else math.inf
 
 
@@ -98,6 +91,6 @@ def _forget_the_beginning(norm: _BatchNorm) -> None:
         norm.running_var.sub_(left).div_(1.0 - left).clamp_(min=0.0)
 
 
-def _examples(batch: Any) -> int:
+def examples(batch: Any) -> int:
     """Return the length of the first axis of a batch's first tensor, 0 where it holds none with an axis."""
     return next((len(tensor) for tensor in tensors(batch) if tensor.ndim), 0)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradguard._arguments import refuse_compiled
 from gradguard._passes import scalar_loss
 from gradguard._untouched import FAILURES, cuda_devices
 from gradguard.detectors._loss import CHANCE_BAND
 from gradguard.detectors._numbers import median_with_error
-from gradguard.errors import UnsupportedModelError
 from gradguard.monitors.losses import is_cross_entropy
 
 if TYPE_CHECKING:
@@ -32,9 +29,6 @@ __all__ = [
     "Batches",
     "Lane",
     "Race",
-    "check_memory",
-    "checked_optimizer",
-    "copy_of",
     "paired_gain",
 ]
 
@@ -113,7 +107,7 @@ class Lane:
             small enough and below 0 where the loss rose; ``None`` where it is not measured.
         gain: Median of those measured last, NaN for none.
         beyond: By how much its loss in evaluation mode lies above its result, at least 0; see ``_measuring``.
-        evaluated: Losses in evaluation mode by steps taken; likewise.
+        measured: Steps after which it was measured last, -1 before; likewise.
         looked: Losses on the batches to come, as far as it is trained now, where batches are too small for the last few
             steps to tell; likewise.
         devices: CUDA devices of the copy, whose generators a step moves.
@@ -130,7 +124,7 @@ class Lane:
     gains: list[float] | None = None
     gain: float = math.nan
     beyond: float = 0.0
-    evaluated: dict[int, float] = field(default_factory=dict)
+    measured: int = -1
     looked: list[float] = field(default_factory=list)
     devices: list[int] = field(init=False)
 
@@ -188,7 +182,7 @@ class Race:
         self.compute_loss = compute_loss
         self._base_seed = base_seed
         self.steps_taken = 0
-        self.limit = math.inf
+        self.limit = self.deadline = math.inf
         self._chance: float | None = None
 
     @property
@@ -229,6 +223,8 @@ class Race:
     def losses_ahead(self, model: nn.Module, lane: Lane, count: int) -> list[float]:
         """Return the losses of a model on the batches to come of a lane, without a step; fewer where one fails.
 
+        Fewer as well once the deadline has passed.
+
         Args:
             model: What to run, in the mode that it is in; its buffers may change.
             lane: Whose batches and random numbers.
@@ -238,6 +234,8 @@ class Race:
         with contextlib.suppress(*FAILURES), torch.random.fork_rng(devices=lane.devices), torch.enable_grad():
             self._seed(lane, begin)
             for step in range(begin, begin + count):
+                if time.perf_counter() > self.deadline:
+                    break
                 loss = scalar_loss(self.compute_loss(model, self._batches.at(step, lane.seed)))
                 losses.append(float(loss.detach()))
         return losses
@@ -328,73 +326,3 @@ def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[flo
     if alike or not np.isfinite(differences).all():
         return float(np.median(differences)), 0.0
     return median_with_error(np.array(differences))
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """Return an independent copy, without gradients; in training mode, unless parts of it are set otherwise.
-
-    Raises:
-        UnsupportedModelError: If it is compiled, scripted, or refuses to be copied.
-    """
-    refuse_compiled(model, "pass the module that it was made from")
-    try:
-        twin = copy.deepcopy(model)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({error}); a trial trains copies. Pass a fresh model, before its "
-            "first forward pass"
-        ) from error
-    for parameter in twin.parameters():
-        parameter.grad = None
-    return twin if twin.training else twin.train()
-
-
-def checked_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
-    """Return an optimizer that trains a copy.
-
-    Raises:
-        TypeError: If ``make_optimizer`` gave something else.
-        UnsupportedModelError: If the optimizer holds none of the copy's parameters.
-    """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"make_optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    mine = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
-        raise UnsupportedModelError(
-            "the optimizer that make_optimizer returned holds no parameter of the copy it was given: "
-            "use its argument, for instance lambda model: torch.optim.Adam(model.parameters())"
-        )
-    return optimizer
-
-
-def check_memory(model: nn.Module, copies: int) -> None:
-    """Refuse a trial whose copies would not fit beside what is in memory now.
-
-    A copy is counted with its gradient and two numbers of optimizer state per weight; activations are not known.
-
-    Args:
-        model: What is copied.
-        copies: How many copies are alive at once.
-
-    Raises:
-        UnsupportedModelError: If they need more than four fifths of the free memory of their device.
-    """
-    sizes: dict[torch.device, int] = {}
-    for parameter in model.parameters():
-        sizes[parameter.device] = sizes.get(parameter.device, 0) + 4 * parameter.numel() * parameter.element_size()
-    for device, size in sizes.items():
-        free = _free_memory(device)
-        if copies * size > 0.8 * free:
-            raise UnsupportedModelError(
-                f"a trial keeps {copies} copies of this model on {device}, with gradients and optimizer state "
-                f"{copies * size / 2**30:.2g} GiB, and {free / 2**30:.2g} GiB are free: try fewer at once, for "
-                'instance candidates=["layer-norm"]'
-            )
-
-
-def _free_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return math.inf

@@ -67,7 +67,7 @@ def diagnose(
         check: once) with gradients, at least some of them at the outputs of layers.
     """
     settings = config if config is not None else GuardConfig()
-    linked = link_findings(findings, settings)
+    linked = link_findings(findings)
     part = _shown_part(history, linked)
     reason = _too_little(history, settings, batches=batches, steps=steps)
     summary = _summary(history, part, settings, overhead=overhead, batches=batches, steps=steps)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gradguard.config import GuardConfig
 from gradguard.findings import Cause, Finding, Severity
 
 __all__ = ["link_findings"]
@@ -48,7 +46,7 @@ _FOLLOWS = {
     "GG211": frozenset({"GG101", "GG104", "GG502", "GG503", "GG504"}),
     "GG212": frozenset({"GG502", "GG503"}),
     "GG301": frozenset({"GG101", "GG104", "GG501", "GG502", "GG503"}),
-    "GG302": frozenset({"GG101", "GG104", "GG502", "GG503"}),
+    "GG302": frozenset({"GG104", "GG502", "GG503"}),
     "GG501": frozenset(
         {"GG101", "GG102", "GG103", "GG104", "GG202", "GG203", "GG204", "GG301", "GG302", "GG503", "GG505"}
         | {"GG402", "GG701", "GG702", "GG703"}
@@ -63,7 +61,7 @@ _FOLLOWS = {
 """What each illness can bring about, where it came first. Source: ours, architecture.md, section 2."""
 
 
-def link_findings(findings: Sequence[Finding], config: GuardConfig | None = None) -> tuple[Finding, ...]:
+def link_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     """Order findings cause first, and name the cause of each that another explains.
 
     Only a standing finding at ``WARNING`` or above can explain others, and only what began no earlier than itself. It
@@ -71,15 +69,12 @@ def link_findings(findings: Sequence[Finding], config: GuardConfig | None = None
 
     Args:
         findings: Findings in any order.
-        config: Thresholds; defaults otherwise.
     """
-    limit = (config if config is not None else GuardConfig()).span_warning
-    by_data = _vanishes_by_data(findings, limit)
-    standing = sorted((f for f in findings if f.standing), key=lambda f: _seniority(f, by_data=by_data))
+    standing = sorted((f for f in findings if f.standing), key=_seniority)
     cleared = sorted((f for f in findings if not f.standing), key=lambda f: f.step)
     parents: dict[int, int] = {}
     for index, finding in enumerate(standing):
-        parent = next((i for i in range(index) if _explains(standing[i], finding, by_data=by_data)), None)
+        parent = next((i for i in range(index) if _explains(standing[i], finding)), None)
         if parent is not None:
             parents[index] = parent
     worst = [finding.severity for finding in standing]
@@ -99,30 +94,15 @@ def link_findings(findings: Sequence[Finding], config: GuardConfig | None = None
     return (*ordered, *cleared)
 
 
-def _vanishes_by_data(findings: Sequence[Finding], limit: float) -> bool:
-    """Whether inputs far off saturate units, and no gradient would vanish through depth but for what those cost."""
-    standing = [finding for finding in findings if finding.standing]
-    cost = sum(_decades(f, "saturation_span") for f in standing if f.code == "GG302" and f.cause is Cause.DATA)
-    spans = [_decades(finding, "span") for finding in standing if finding.code == "GG101"]
-    return cost < 0.0 and bool(spans) and min(spans) - cost > -limit
-
-
-def _decades(finding: Finding, name: str) -> float:
-    value = finding.evidence[name].value if name in finding.evidence else 0.0
-    return float(value) if isinstance(value, float) and not math.isnan(value) else 0.0
-
-
-def _seniority(finding: Finding, *, by_data: bool) -> tuple[int, int, int]:
+def _seniority(finding: Finding) -> tuple[int, int, int]:
     """Sort by beginning; among equals by what can explain what."""
     rank = _ORDER.index(finding.code) if finding.code in _ORDER else len(_ORDER)
-    if by_data and finding.code == "GG302":
-        rank = 0
     if finding.code == "GG301" and finding.severity >= Severity.ERROR:
         rank = 0
     return finding.step, rank, -finding.severity
 
 
-def _explains(root: Finding, other: Finding, *, by_data: bool) -> bool:
+def _explains(root: Finding, other: Finding) -> bool:
     if root.severity < Severity.WARNING or other.code not in _FOLLOWS.get(root.code, frozenset()):
         return False
     both_non_finite = root.code in _NON_FINITE and other.code in _NON_FINITE
@@ -132,8 +112,6 @@ def _explains(root: Finding, other: Finding, *, by_data: bool) -> bool:
         return False
     if root.code in {"GG102", "GG112", "GG501"} and other.cause is Cause.DATA:
         return False
-    if root.code == "GG302" and other.code == "GG101":
-        return by_data
     if root.code == "GG101" and other.code == "GG503":
         return other.cause is Cause.PRECISION
     return not (root.code == "GG301" and root.severity < Severity.ERROR)

@@ -267,7 +267,7 @@ class Observing:
         self.drain_losses()
         if self.losses.cross_entropy and not self.history.info.classes:  # known since the first loss with a graph
             self.history.info = self._run_info(preflight=self.history.info.preflight)
-        return link_findings(run_detectors(self.history, self._config, self._detectors), self._config)
+        return link_findings(run_detectors(self.history, self._config, self._detectors))
 
     def diagnose(self, *, steps: int, batches: int, overhead: float) -> Diagnosis:
         """Return the verdict on everything observed so far.

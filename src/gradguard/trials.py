@@ -68,7 +68,7 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     After a fifth and a half of the steps those behind are dropped; at most three run to the end, under two seeds where
     the budget allows; a short race that BatchNorm leads goes on to 40 steps. Among those within 5 % of the best gain
     the one that changes least is recommended. BatchNorm that a cure adds is judged in evaluation mode as well; where
-    batches hold fewer than 8 examples, losses are those of 64.
+    batches hold fewer than 16 examples, losses are those of 128.
 
     Learning rates are searched by decades; where the run's rate had climbed, copies begin at the rate that it had
     climbed to. Where the steps of a winner that has not halved the loss overshoot, it is tried at lower rates too, over

@@ -232,13 +232,7 @@ def _common_cause(
         return Cause.ACTIVATION_DERIVATIVE
     if kind in _WEIGHT_GAIN and finite_median(column(record, "inactive_fraction")[activations]) > 0.5:
         return Cause.DEAD_UNITS
-    saturated = _is_saturated(record, activations) if activations else _is_saturated_by_code(record, rows)
-    return Cause.SATURATION if saturated else Cause.ACTIVATION_DERIVATIVE
-
-
-def _is_saturated_by_code(record: StepRecord, rows: list[int]) -> bool:
-    """Whether most of what tanh or sigmoid, called as functions, give to these layers lies at their ends."""
-    return bool(finite_median(column(record, "input_saturated_share")[rows]) > 0.5)
+    return Cause.SATURATION if _is_saturated(record, activations) else Cause.ACTIVATION_DERIVATIVE
 
 
 def _is_saturated(record: StepRecord, rows: list[int]) -> bool:

@@ -27,9 +27,6 @@ Ours: a healthy sigmoid passes 0.85, a tanh at twice the usual weight gain 0.6; 
 _CUT = 0.02
 """The same below which what lies before is cut off. Ours: a tenth of what saturated layers pass that still learn."""
 
-_LEAST = 1e-30
-"""Share that counts as passed where nothing is: 30 decades are beyond any number format."""
-
 FAR_INPUT = 10.0
 """Largest entry of the input from which data, not weights, saturate the first layers. Ours: standardized data stay
 below 10."""
@@ -146,11 +143,6 @@ def _finding(
                 note="of the largest derivative, of a function"
                 if math.isnan(bound)
                 else f"{history.layers.types[worst]}: at most {bound:.3g}",
-            ),
-            "saturation_span": Evidence(
-                value=float(np.log10(np.clip(passed[rows], _LEAST, 1.0)).sum()),
-                unit="decades",
-                note="what the saturated layers cost the gradient",
             ),
             "input_max_abs": Evidence(value=largest, note="largest entry of the first layer's input"),
         },
