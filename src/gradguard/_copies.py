@@ -119,7 +119,7 @@ class Copies:
         """Train a copy up to a step, and measure what it has come to.
 
         In evaluation mode what a cure's BatchNorm makes of a long race goes up and down over its steps: there the
-        median of three times counts.
+        mean of three times counts, of those before the last where it is finite.
 
         Args:
             lane: The copy.
@@ -138,7 +138,7 @@ class Copies:
         (self.advance_measured if gains else self.advance)(lane, until)
         if lane.measured < len(lane.losses):
             self.evaluate(lane)
-            lane.beyond = statistics.median([*beyond, lane.beyond])
+            lane.beyond = statistics.fmean([*filter(math.isfinite, beyond), lane.beyond])
 
     def evaluate(self, lane: Lane) -> None:
         """Measure a copy once more where its last steps say little of it.
