@@ -15,9 +15,9 @@ from torch.nn import functional as F
 import gradguard
 from gradguard.config import GuardConfig
 from gradguard.detectors import find_temporal
-from gradguard.diagnosis import link_findings
 from gradguard.findings import Cause, Finding, Severity
 from gradguard.history import History
+from gradguard.linking import link_findings
 from gradguard.prescriptions import prescriptions_for
 from gradguard.records import LayerTable, StepRecord
 from tests.histories import DENSE, NAN, falling, flat, run_of
