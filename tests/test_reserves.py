@@ -247,6 +247,55 @@ def test_a_long_race_evaluates_batch_norm_on_the_way(
     assert lane.beyond == (4.0 if rungs == (40,) else 0.5)
 
 
+def test_a_trial_evaluates_batch_norm_that_a_cure_adds_under_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only the batch makes good is no cure, whatever the loss in training."""
+
+    seeds: list[int] = []
+
+    def look(_race: Race, lane: Lane) -> None:
+        seeds.append(lane.seed)
+        lane.beyond = 1000.0
+
+    monkeypatch.setattr("gradguard._copies.evaluate", look)
+    torch.manual_seed(0)
+    model = net(20, activation=nn.Sigmoid, init="xavier")
+    result = gradguard.trial(model, batches(), classification_loss, adam, candidates=["batch-norm", "relu"], steps=16)
+
+    assert seeds == [0, 1]  # where it ends, and not only when all is over
+    losses = {run.remedy: (run.loss, run.seeds) for run in result.runs}
+    assert losses["batch-norm"][0] > 1000.0  # the mean over both
+    assert losses["batch-norm"][1] == 2
+    assert losses["relu"][0] < 100.0
+    assert result.best is None or result.best.remedy == "relu"
+
+
+def test_a_cure_that_was_dropped_is_evaluated_before_it_mends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It left the race before anybody looked at it in evaluation mode."""
+    monkeypatch.setattr(Health, "_found", lambda _, model: {} if hasattr(model, "treated") else {"GG101": 9.0})
+    monkeypatch.setattr("gradguard._copies.evaluate", lambda _, lane: setattr(lane, "beyond", 9.0))
+    monkeypatch.setattr(Contest, "_call_back", lambda _: None)
+
+    def mends(target: Target) -> Applied:
+        target.model.treated = True  # type: ignore[assignment]
+        return scaled(1.0)(target)
+
+    def normalizes(target: Target) -> Applied:
+        target.model.treated = True  # type: ignore[assignment]
+        target.model[0].spare = nn.BatchNorm1d(3)  # type: ignore[index]
+        return scaled(-1e2)(target)  # promises less, and is dropped
+
+    held = Contest(
+        net(init="he"),
+        Race(Batches(batches(), 40), classification_loss, base_seed=0),
+        sgd(1e-9),
+        plan=Plan((2, 12), (1,), 1),
+        illness=Finding(code="GG101", name="", family="", severity=Severity.WARNING, message="", step=0, last_step=0),
+    )
+    held.run([entrant("normalizes", normalizes), entrant("mends", mends)])
+
+    assert outcomes(held) == {"mends": "best", "normalizes": "dropped"}
+
+
 def test_a_copy_without_batch_norm_is_not_evaluated() -> None:
     """There is nothing that only the batch makes good."""
     copies, _, ran = normed()

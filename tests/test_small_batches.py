@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import gradguard
+from gradguard._copies import Copies, OutOfTime
+from gradguard._entrant import Entrant
 from gradguard._measuring import look
 from gradguard._race import Batches, Lane, Race, paired_gain
+from gradguard.prescriptions import plain_prescription
+from gradguard.remedies import catalogue
 from tests.models import classification_loss
 from tests.test_trials import net, sgd
 
@@ -38,6 +45,38 @@ def test_a_copy_is_measured_on_the_batches_to_come_where_they_are_small(size: in
     assert lane.result == pytest.approx(np.mean(lane.looked) if count else np.median(lane.losses[-8:]))
     race.advance(lane, 11)
     assert lane.looked == []  # of the copy as it was
+
+
+def test_rates_are_told_apart_by_sixty_four_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the two that the last steps saw."""
+    seen: list[int] = []
+
+    def counted(race: Race, lane: Lane, *, enough: int) -> None:
+        look(race, lane, enough=enough)
+        seen.append(len(lane.looked))
+
+    monkeypatch.setattr("gradguard._copies.look", counted)
+    cure = catalogue.find("lower-learning-rate")
+    assert cure is not None
+    candidate = Entrant(prescription=plain_prescription("lower-learning-rate"), remedy=cure)
+    Copies(net(2), Race(Batches(examples(1), 80), classification_loss, base_seed=0), sgd(1.0)).search_rate(candidate)
+
+    assert set(seen) == {64}
+
+
+def test_nobody_looks_further_once_the_deadline_has_passed() -> None:
+    """A pass may take long, and there are eighty of them."""
+    race = Race(Batches(examples(1), 80), classification_loss, base_seed=0)
+    copies = Copies(net(2), race, sgd(1e-3), deadline=time.perf_counter() + 60.0)
+    lane = copies.untreated(0)
+    copies.advance(lane, 8)
+    race.deadline = 0.0
+    look(race, lane)
+
+    assert lane.looked == []
+    assert Race(Batches(examples(1), 80), classification_loss, base_seed=0).deadline == math.inf
+    with pytest.raises(OutOfTime):
+        Copies(net(2), race, sgd(1e-3), deadline=0.0).evaluate(lane)
 
 
 def test_what_is_looked_at_are_losses_by_plain_passes_and_nothing_is_moved() -> None:
