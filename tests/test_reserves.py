@@ -249,7 +249,6 @@ def test_a_long_race_evaluates_batch_norm_on_the_way(
 
 def test_a_trial_evaluates_batch_norm_that_a_cure_adds_under_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What only the batch makes good is no cure, whatever the loss in training."""
-
     seeds: list[int] = []
 
     def look(_race: Race, lane: Lane) -> None:
