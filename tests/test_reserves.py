@@ -42,14 +42,20 @@ def entrant(name: str, run: Callable[[Target], Applied], level: int = 1) -> Entr
 
 
 def race(
-    entrants: list[Entrant], reserves: list[Entrant], *, lr: float, code: str = "GG101", run_steps: int = 240
+    entrants: list[Entrant],
+    reserves: list[Entrant],
+    *,
+    lr: float,
+    code: str = "GG101",
+    run_steps: int = 240,
+    plan: Plan | None = None,
 ) -> Contest:
     """Run a contest with reserves."""
     held = Contest(
         net(init="he"),
         Race(Batches(batches(), 40), classification_loss, base_seed=0),
         sgd(lr),
-        plan=make_plan(len(entrants), run_steps=run_steps),
+        plan=make_plan(len(entrants), run_steps=run_steps) if plan is None else plan,
         illness=Finding(code=code, name="", family="", severity=Severity.WARNING, message="", step=0, last_step=0),
     )
     held.run(entrants, reserves)
@@ -283,14 +289,8 @@ def test_a_cure_that_was_dropped_is_evaluated_before_it_mends(monkeypatch: pytes
         target.model[0].spare = nn.BatchNorm1d(3)  # type: ignore[index]
         return scaled(-1e2)(target)  # promises less, and is dropped
 
-    held = Contest(
-        net(init="he"),
-        Race(Batches(batches(), 40), classification_loss, base_seed=0),
-        sgd(1e-9),
-        plan=Plan((2, 12), (1,), 1),
-        illness=Finding(code="GG101", name="", family="", severity=Severity.WARNING, message="", step=0, last_step=0),
-    )
-    held.run([entrant("normalizes", normalizes), entrant("mends", mends)])
+    cures = [entrant("normalizes", normalizes), entrant("mends", mends)]
+    held = race(cures, [], lr=1e-9, plan=Plan((2, 12), (1,), 1))
 
     assert outcomes(held) == {"mends": "best", "normalizes": "dropped"}
 
@@ -313,14 +313,8 @@ def test_cures_that_leave_the_illness_are_cut_first_where_all_guess(monkeypatch:
         target.model.treated = True  # type: ignore[assignment]
         return scaled(-1e2)(target)  # by its loss it promises least
 
-    held = Contest(
-        net(init="he"),
-        Race(Batches(batches(), 40), classification_loss, base_seed=0),
-        sgd(1e-9),
-        plan=Plan((2, 6, 12), (4, 3), 1, ((20, 3), (40, 0))),
-        illness=Finding(code="GG101", name="", family="", severity=Severity.WARNING, message="", step=0, last_step=0),
-    )
-    held.run([*(entrant(name, scaled(1.0)) for name in ("first", "second", "third")), entrant("mends", mends)])
+    cures = [*(entrant(name, scaled(1.0)) for name in ("first", "second", "third")), entrant("mends", mends)]
+    held = race(cures, [], lr=1e-9, plan=Plan((2, 6, 12), (4, 3), 1, ((20, 3), (40, 0))))
 
     assert outcomes(held)["mends"] == "best"
     assert sorted(outcomes(held).values()) == ["best", "dropped", "no effect", "no effect"]

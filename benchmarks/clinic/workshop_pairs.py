@@ -253,16 +253,16 @@ OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]
             ("large-Tanh-2", "GG302", {"size": 2, "depth": 5, "activation": nn.Tanh}, {"gain": 8.0}),
             ("dead-2", "GG301", {"size": 2, "depth": 5, "task": "cancer"}, {"fault": biases(-6.0)}),
             ("normal-1", "GG102", {"size": 1, "depth": 4, "task": "wine"}, {"fault": NORMAL}),
-            ("rate-Tanh-1", "GG501", {"size": 1, "rate": 0.3, "depth": 4, "activation": nn.Tanh}, {"rate": 100.0}),
+            ("rate-Tanh-1", "GG501", {**_FEW, "depth": 4, "activation": nn.Tanh}, {"rate": 100.0}),
             ("rate-GELU-1", "GG501", {"size": 1, "rate": 0.5, "activation": nn.GELU, **_ADAMW}, {"rate": 300.0}),
-            ("rate-ReLU-1-sgd", "GG501", {"size": 1, "rate": 0.3, "depth": 4, **_SGD}, {"rate": 30.0}),
+            ("rate-ReLU-1-sgd", "GG501", {**_FEW, "depth": 4, **_SGD}, {"rate": 30.0}),
             ("rate-ELU-1-rmsprop", "GG501", {**_FEW, "depth": 3, "activation": nn.ELU, **_RMSPROP}, {"rate": 30.0}),
             ("rate-cancer-1-sgd", "GG501", {"size": 1, "depth": 4, "task": "cancer", **_SGD}, {"rate": 100.0}),
             ("rate-wine-1-adagrad", "GG501", {"size": 1, "depth": 4, "task": "wine", **_ADAGRAD}, {"rate": 100.0}),
             ("rate-blobs-1", "GG501", {"size": 1, "depth": 3, "task": "blobs", "width": 16}, {"rate": 300.0}),
             ("rate-blobs-1-sgd", "GG501", {"size": 1, "depth": 5, "task": "blobs", **_TANHS, **_SGD}, {"rate": 60.0}),
-            ("rate-wide-1-sgd", "GG501", {"size": 1, "rate": 0.3, "width": 256, "depth": 2, **_SGD}, {"rate": 20.0}),
-            ("rate-low-1-sgd", "GG502", {"size": 1, "rate": 0.3, "depth": 3, **_SGD}, {"rate": 1e-4}),
+            ("rate-wide-1-sgd", "GG501", {**_FEW, "width": 256, "depth": 2, **_SGD}, {"rate": 20.0}),
+            ("rate-low-1-sgd", "GG502", {**_FEW, "depth": 3, **_SGD}, {"rate": 1e-4}),
             ("rate-low-Tanh-1-sgd", "GG502", {"size": 1, "depth": 4, "task": "wine", **_TANHS, **_SGD}, {"rate": 1e-3}),
             ("rate-low-GELU-1", "GG502", {"size": 1, "rate": 0.5, "activation": nn.GELU}, {"rate": 1e-3}),
             ("rate-LayerNorm-1", "GG501", {"size": 1, "rate": 0.5, "depth": 4, **_LAYER}, {"rate": 100.0}),
@@ -288,7 +288,13 @@ OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]
         )
     ),
     *(
-        (f"plane-{task}-{depth}-{optimizer}", "GG101", classifier, {**_TANHS, **twin}, {"activation": nn.Sigmoid})
+        (
+            f"plane-{task}-{depth}-{optimizer}",
+            "GG101",
+            classifier,
+            {**_TANHS, "task": task, "depth": depth, "optimizer": optimizer, "rate": rate},
+            {"activation": nn.Sigmoid},
+        )
         for task, depth, optimizer, rate in (
             ("circles", 5, "adam", 5.0),
             ("circles", 8, "sgd", 5.0),
@@ -298,7 +304,6 @@ OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]
             ("blobs", 8, "adam", 2.0),
             ("blobs", 12, "sgd", 5.0),
         )
-        for twin in ({"task": task, "depth": depth, "optimizer": optimizer, "rate": rate},)
     ),
     *(
         (

@@ -63,9 +63,8 @@ class Contest:
         self._copies = Copies(model, race, make_optimizer, deadline=deadline)
         self._race = race
         self._plan = plan
-        self._ill = Illness.of(illness)
-        self._illness = self._ill.code
-        self._health = Health(model, race, self._illness)
+        self._illness = Illness.of(illness)
+        self._health = Health(model, race, self._illness.code)
         self._progress = progress
         self._control: list[Lane] = []
         self._entrants: list[Entrant] = []
@@ -101,7 +100,7 @@ class Contest:
         others = first.looked
         self._copies.advance(first, 1)
         self._race.set_limit(first, others)
-        whole = is_coarse(self._race) or self._ill.came_late
+        whole = is_coarse(self._race) or self._illness.came_late
         self._copies.advance_to_end(first, self._plan.length if whole else self._plan.before_last)
         self.shown = self._shows()
         for entrant in self._entrants:
@@ -126,12 +125,12 @@ class Contest:
 
     def _shows(self) -> bool:
         """Whether the untreated copy is ill: what began late in a run need not show in its first steps."""
-        late = self._ill.came_late and not self._ill.climbed and self._learns()
+        late = self._illness.came_late and not self._illness.climbed and self._learns()
         return not (late and any(entrant.remedy.level == 0 for entrant in self._entrants))
 
     def _is_decided(self, rung: int) -> bool:
         """Whether the untreated copy stands still, and so far behind, that its further steps tell nothing."""
-        return bool(self._illness) and not self._learns() and leads_by_far(self._running(), self._control[0], rung)
+        return bool(self._illness.code) and not self._learns() and leads_by_far(self._running(), self._control[0], rung)
 
     def _call_back(self) -> None:
         """Let those run to the end who stood better when they were dropped than the best one does now."""
@@ -195,11 +194,11 @@ class Contest:
         Some runs stand still for fifty steps whatever is done to them; the first ones say nothing about any cure then.
         What is to be remembered through time stands still for hundreds: there a check has to do.
         """
-        if self._illness in THROUGH_TIME and not self._control[0].fault and self._first_that_mends() is not None:
+        if self._illness.code in THROUGH_TIME and not self._control[0].fault and self._first_that_mends() is not None:
             return
         for rung, keep in self._plan.overtime:
             lost = bool(self._control[0].fault) and math.isnan(self._race.chance)
-            slow = self._learns() and (rung > _SLOW or self._illness not in SCREENED)
+            slow = self._learns() and (rung > _SLOW or self._illness.code not in SCREENED)
             if not self.shown or lost or slow or self.judgement.somebody_helps(clearly=rung <= _SLOW):
                 return
             if rung == self._plan.overtime[0][0]:
@@ -307,7 +306,7 @@ class Contest:
 
     def _enter(self, entrant: Entrant) -> None:
         if not self.shown and entrant.remedy.level > 0:
-            self._drop(entrant, "dropped", f"what began at step {self._ill.onset} does not show here")
+            self._drop(entrant, "dropped", f"what began at step {self._illness.onset} does not show here")
             return
         try:
             if entrant.remedy.searched and self.shown:
@@ -319,7 +318,7 @@ class Contest:
     def _screen(self) -> None:
         """Drop cures that leave before the first step what a check sees in the untreated model; let reserves enter."""
         promising = [entrant for entrant in self._running() if not self._is_hopeless(entrant)]
-        for entrant in self._reserves if self._illness in SCREENED else ():
+        for entrant in self._reserves if self._illness.code in SCREENED else ():
             if len(promising) >= _ENOUGH:
                 break
             self._enter(entrant)
@@ -329,12 +328,12 @@ class Contest:
         for entrant in self._running() if promising else ():
             if self._is_hopeless(entrant):
                 entrant.screened = True
-                self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness}")
+                self._drop(entrant, "dropped", f"a check before the first step still finds {self._illness.code}")
 
     def _is_hopeless(self, entrant: Entrant) -> bool:
-        if self._illness not in SCREENED or entrant.remedy.acts_on != "model":
+        if self._illness.code not in SCREENED or entrant.remedy.acts_on != "model":
             return False
-        return self._illness in self._health.at_first() and self._health.stays(entrant.lanes[0])
+        return self._illness.code in self._health.at_first() and self._health.stays(entrant.lanes[0])
 
     def _guesses_and_is_ill(self, entrant: Entrant, rung: int) -> bool:
         return guesses(entrant.lanes[0].halves(rung)[1], self._race.chance) and self._health.stays(entrant.lanes[0])
@@ -355,15 +354,15 @@ class Contest:
                 self._drop(entrant, "diverged", f"under another seed: {lane.fault}")
 
     def _look_at_health(self) -> None:
-        if not self._illness:
+        if not self._illness.code:
             return
         for entrant in self._running():
-            entrant.healthy = self._illness not in self._health.after(entrant.lanes[0])
+            entrant.healthy = self._illness.code not in self._health.after(entrant.lanes[0])
         if self.judgement.somebody_helps():
             return
         self._mender = self._first_that_mends() if self.shown else None
         learns = self._control[0].fault or self._learns()
-        told = self._ill.lasted > 0 and (self._illness in OF_RUNS or not learns)
+        told = self._illness.lasted > 0 and (self._illness.code in OF_RUNS or not learns)
         self.unproven = self._mender is None and (not self.shown or told)
         if self.unproven:
             self._mender = first_that_is_harmless(self._entrants, self.judgement)
@@ -379,19 +378,19 @@ class Contest:
         found = self._health.after(control)
         if not self._learns():
             found = found | self._health.at_first()
-        if self._illness not in found:
+        if self._illness.code not in found:
             return None
         for lane in [item.lanes[0] for item in self._entrants if item.lanes and item.lanes[0].losses]:
             self._copies.advance_to_end(lane, len(lane.losses))
         return first_that_mends(
-            self._entrants, control, self._health, found, self._illness, allowed=0.5 * NOTICEABLE * abs(after)
+            self._entrants, control, self._health, found, self._illness.code, allowed=0.5 * NOTICEABLE * abs(after)
         )
 
     @property
     def judgement(self) -> Judgement:
         """What can be said of the contest as it stands."""
         return Judgement(
-            self._control, self._entrants, ill=bool(self._illness), mender=self._mender, chance=self._race.chance
+            self._control, self._entrants, ill=bool(self._illness.code), mender=self._mender, chance=self._race.chance
         )
 
     @property

@@ -68,10 +68,10 @@ class Copies:
     ) -> None:
         """Prepare; nothing is copied yet."""
         self._model = model
-        self._deadline = race.deadline = deadline
         self._normalized = any(isinstance(module, _BatchNorm) for module in model.modules())
         self._devices = cuda_devices(model)
         self._race = race
+        race.deadline = deadline
         self._make_optimizer = make_optimizer
 
     def untreated(self, seed: int) -> Lane:
@@ -102,7 +102,7 @@ class Copies:
             OutOfTime: If the deadline passes.
         """
         while len(lane.losses) < until and not lane.fault:
-            if time.perf_counter() > self._deadline:
+            if time.perf_counter() > self._race.deadline:
                 raise OutOfTime
             self._race.advance(lane, min(until, len(lane.losses) + 4))
 
@@ -149,7 +149,7 @@ class Copies:
         Raises:
             OutOfTime: If the deadline has passed.
         """
-        if time.perf_counter() > self._deadline:
+        if time.perf_counter() > self._race.deadline:
             raise OutOfTime
         look(self._race, lane)
         if self.adds_batch_norm(lane):
@@ -189,7 +189,7 @@ class Copies:
         up = float(entrant.prescription.arguments.get("factor", 0.1)) > 1.0
         factor = search_rate(attempt, up=up)
         if best is not None and isinstance(best[2].optimizer, SGD) and 0 < examples(self._race.batch) <= _FEW:
-            factor = factor / _RARE if not up else max(1.0, factor / _RARE)
+            factor = max(1.0 if up else 0.0, factor / _RARE)
         entrant.prescription = with_factor(entrant.prescription, factor)
 
     def lower_rate(self, entrant: Entrant) -> None:
