@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -117,6 +118,15 @@ def diabetes() -> Data:
     x = torch.tensor(bunch.data, dtype=torch.float32)
     y = torch.tensor(bunch.target, dtype=torch.float32)
     return _split((x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std(), classes=0)
+
+
+@cache
+def waves(features: int = 1) -> Data:
+    """Return 1000 points of a sine of so many features, generated, split 800 to 200."""
+    draw = torch.Generator().manual_seed(3)
+    x = 3.0 * (2.0 * torch.rand(1000, features, generator=draw) - 1.0)
+    y = torch.sin(2.0 * x).sum(dim=1) / math.sqrt(features)
+    return _split(x, y + 0.1 * torch.randn(1000, generator=draw), classes=0)
 
 
 @cache

@@ -57,6 +57,8 @@ _FEW: dict[str, Any] = {"size": 1, "rate": 0.3}
 _ADAM, _ADAMW, _SGD, _RMSPROP, _ADAGRAD = (
     {"optimizer": name} for name in ("adam", "adamw", "sgd", "rmsprop", "adagrad")
 )
+_HUBER: dict[str, Any] = {"activation": nn.Tanh, "loss": nn.functional.smooth_l1_loss, **_ADAM}
+_ABSOLUTE: dict[str, Any] = {"activation": nn.Tanh, "loss": nn.functional.l1_loss, **_ADAM}
 OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]], ...] = (
     ("regression-small", "GG101", regression, {"depth": 10, "optimizer": "adam"}, {"gain": 0.2}),
     ("regression-sigmoid", "GG101", regression, _DEEP, {"activation": nn.Sigmoid, "gain": 0.7}),
@@ -285,6 +287,58 @@ OTHERS: tuple[tuple[str, str, Callable[..., Job], dict[str, Any], dict[str, Any]
             ("sharp-Sigmoid-3", "GG302", {"activation": nn.Sigmoid, "depth": 3, "rate": 3.0, **_ADAM}, {"gain": 15.0}),
             ("sharp-Tanh-small", "GG302", {"activation": nn.Tanh, "size": 8, "depth": 3}, {"gain": 8.0}),
             ("sharp-Tanh-6", "GG302", {"activation": nn.Tanh, "depth": 6, "rate": 2.0, **_ADAM}, {"gain": 3.5}),
+        )
+    ),
+    *(
+        (f"{maker.__name__}-saturated-{name}", "GG302", maker, twin, {"gain": gain})
+        for maker, name, gain, twin in (
+            (autoencoder, "Tanh-2", 5.0, {"depth": 2}),
+            (autoencoder, "Tanh-3-sgd", 6.0, {**_SGD, "rate": 3.0}),
+            (autoencoder, "Tanh-4", 8.0, {"depth": 4}),
+            (autoencoder, "Sigmoid-2", 12.0, {"depth": 2, "activation": nn.Sigmoid, "rate": 3.0}),
+            (autoencoder, "Sigmoid-3", 20.0, {"depth": 3, "activation": nn.Sigmoid, "rate": 3.0}),
+            (autoencoder, "Tanh-3-rmsprop", 10.0, {**_RMSPROP}),
+            (autoencoder, "Tanh-5-adamw", 4.0, {"depth": 5, **_ADAMW}),
+            (autoencoder, "Tanh-3-adagrad", 7.0, {**_ADAGRAD}),
+            (autoencoder, "Tanh-1", 15.0, {"depth": 1}),
+            (regression, "Tanh-3-huber", 8.0, {**_HUBER, "depth": 3}),
+            (regression, "Tanh-3-absolute", 8.0, {**_ABSOLUTE, "depth": 3}),
+            (regression, "Tanh-4-huber-sgd", 6.0, {**_HUBER, **_SGD}),
+            (regression, "Sigmoid-2-huber", 20.0, {**_HUBER, "depth": 2, "activation": nn.Sigmoid}),
+            (regression, "Tanh-6-huber", 4.0, {**_HUBER, "depth": 6}),
+            (regression, "Tanh-2-rmsprop", 10.0, {"activation": nn.Tanh, "depth": 2, **_RMSPROP}),
+            (regression, "Tanh-3-adagrad", 10.0, {"activation": nn.Tanh, "depth": 3, **_ADAGRAD}),
+            (regression, "Tanh-3-wide", 15.0, {"activation": nn.Tanh, "depth": 3, "width": 256, **_ADAM}),
+            (regression, "Tanh-3-slow", 8.0, {"activation": nn.Tanh, "depth": 3, "rate": 0.5, **_ADAM}),
+        )
+    ),
+    *(
+        (f"waves-{name}", "GG302", regression, {"activation": nn.Tanh, **twin}, fault)
+        for name, twin, fault in (
+            ("1-3-adam", {"waves": 1, "depth": 3, "rate": 5.0, **_ADAM}, {"gain": 8.0}),
+            ("1-4-adam", {"waves": 1, "depth": 4, "rate": 3.0, **_ADAM}, {"gain": 5.0}),
+            ("1-4-sgd", {"waves": 1, "depth": 4, "rate": 3.0, **_SGD}, {"gain": 5.0}),
+            ("2-3-adam", {"waves": 2, "depth": 3, "rate": 5.0, **_ADAM}, {"gain": 6.0}),
+            ("2-5-adam", {"waves": 2, "depth": 5, "rate": 3.0, **_ADAM}, {"gain": 4.0}),
+            ("2-4-rmsprop", {"waves": 2, "depth": 4, "rate": 3.0, **_RMSPROP}, {"gain": 5.0}),
+            ("2-3-sgd", {"waves": 2, "depth": 3, "rate": 5.0, **_SGD}, {"gain": 6.0}),
+            ("3-3-adam", {"waves": 3, "depth": 3, "rate": 5.0, "width": 64, **_ADAM}, {"gain": 5.0}),
+            ("3-4-adamw", {"waves": 3, "depth": 4, "rate": 3.0, "width": 64, **_ADAMW}, {"gain": 4.0}),
+            ("1-6-adam", {"waves": 1, "depth": 6, "rate": 3.0, **_ADAM}, {"gain": 4.0}),
+            ("2-2-adam", {"waves": 2, "depth": 2, "rate": 10.0, **_ADAM}, {"gain": 15.0}),
+            ("1-2-adam", {"waves": 1, "depth": 2, "rate": 10.0, **_ADAM}, {"gain": 15.0}),
+            ("1-2-sgd", {"waves": 1, "depth": 2, "rate": 5.0, **_SGD}, {"gain": 10.0}),
+            ("2-2-wide", {"waves": 2, "depth": 2, "rate": 5.0, "width": 128, **_ADAM}, {"gain": 12.0}),
+            ("2-2-rmsprop", {"waves": 2, "depth": 2, "rate": 10.0, **_RMSPROP}, {"gain": 12.0}),
+            ("2-3-wide", {"waves": 2, "depth": 3, "rate": 3.0, "width": 128, **_ADAM}, {"gain": 5.0}),
+            ("3-2-adam", {"waves": 3, "depth": 2, "rate": 10.0, "width": 64, **_ADAM}, {"gain": 10.0}),
+            ("3-3-normal", {"waves": 3, "depth": 3, "rate": 5.0, "width": 64, **_ADAM}, {"fault": NORMAL}),
+            ("2-3-sigmoid", {"waves": 2, "depth": 3, "rate": 10.0, "activation": nn.Sigmoid, **_ADAM}, {"gain": 10.0}),
+            ("2-2-sigmoid", {"waves": 2, "depth": 2, "rate": 20.0, "activation": nn.Sigmoid, **_ADAM}, {"gain": 30.0}),
+            ("2-3-far", {"waves": 2, "depth": 3, "rate": 5.0, **_ADAM}, {"inputs": 20.0}),
+            ("2-3-absolute", {"waves": 2, "depth": 3, "rate": 5.0, **_ABSOLUTE}, {"gain": 6.0}),
+            ("3-2-adamw", {"waves": 3, "depth": 2, "rate": 5.0, "width": 128, **_ADAMW}, {"gain": 8.0}),
+            ("1-3-normal", {"waves": 1, "depth": 3, "rate": 5.0, **_ADAM}, {"fault": NORMAL}),
         )
     ),
     *(

@@ -21,6 +21,7 @@ from gradguard._rates import HALF_A_DECADE
 from gradguard._twins import check_memory
 from gradguard._untouched import FAILURES
 from gradguard.findings import Finding
+from gradguard.remedies.catalogue import LEVELS
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -160,8 +161,9 @@ class Contest:
         short = self._length < _SLOW <= self._plan.longest
         if leader is None or not short or not math.isnan(self._race.chance):
             return
-        won = untreated > 0.0 and leader.result < _WON * untreated < math.inf
-        if won or not self._copies.adds_batch_norm(leader.lanes[0]) or not self.judgement.helps(leader):
+        others = min((item.result for item in self._running() if item is not leader), default=math.inf)
+        won = untreated > 0.0 and leader.result < _WON * min(untreated, others) < math.inf
+        if won or leader.remedy.level < LEVELS["normalization"] or not self.judgement.helps(leader):
             return
         dropped = [item for item in self._entrants if item.outcome == "dropped" and not item.screened and item.lanes]
         for entrant in sorted(dropped, key=lambda item: item.lanes[0].halves(self._length)[1])[:1]:
@@ -198,7 +200,7 @@ class Contest:
             return
         for rung, keep in self._plan.overtime:
             lost = bool(self._control[0].fault) and math.isnan(self._race.chance)
-            slow = self._learns() and (rung > _SLOW or self._illness.code not in SCREENED)
+            slow = self._learns() and (self._illness.code not in SCREENED or not self._go_on_well(rung))
             if not self.shown or lost or slow or self.judgement.somebody_helps(clearly=rung <= _SLOW):
                 return
             if rung == self._plan.overtime[0][0]:
@@ -212,6 +214,20 @@ class Contest:
                 self._call_reserves()
             if keep:
                 self._cut(rung, keep, last=[item for item in self._running() if self._guesses_and_is_ill(item, rung)])
+
+    def _go_on_well(self, rung: int) -> bool:
+        """Drop whom a check still finds ill, and all but two, beyond 40 steps; return whether anybody is left."""
+        if rung <= _SLOW:
+            return True
+        if rung > 2 * _SLOW or self.judgement.somebody_helps():
+            return False
+        well = [item for item in self._running() if not self._health.stays(item.lanes[0])]
+        if well:
+            for entrant in self._running():
+                if entrant not in well:
+                    self._drop(entrant, "dropped", f"a check after {self._length} steps still finds {self._illness.code}")
+            self._cut(self._length, 2)
+        return bool(well)
 
     def _tune_rate(self) -> bool:
         """Try who leads at other rates: at lower ones where its steps overshoot, at higher ones where they are short.
