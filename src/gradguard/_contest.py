@@ -241,7 +241,7 @@ class Contest:
         if leader is None or not self._plan.easing:
             return False
         lane = leader.lanes[0]
-        if lane.gain > UNDERSHOOTS:
+        if lane.gain > UNDERSHOOTS or (leader.remedy.searched and math.isnan(self._race.chance)):
             self._raise(leader)
         elif lane.gain < OVERSHOOTS and not late and not halved(lane, self._control[0]):
             self._ease(leader)
