@@ -89,7 +89,7 @@ TRAINING: Mapping[str, RemedyText] = MappingProxyType(
         "clip-norm": RemedyText(
             reason="Clipping the gradient's norm bounds what one step can do; it treats the effect, not the cause.",
             code=_CLIP,
-            expected="No step follows a gradient whose norm is above {norm}; direction and usual steps stay.",
+            expected="No step follows a gradient whose norm is above {norm}; longer ones are shortened to it.",
             reference=PASCANU,
         ),
         "raise-clip-norm": RemedyText(
