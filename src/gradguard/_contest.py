@@ -216,18 +216,15 @@ class Contest:
                 self._cut(rung, keep, last=[item for item in self._running() if self._guesses_and_is_ill(item, rung)])
 
     def _go_on_well(self, rung: int) -> bool:
-        """Drop whom a check still finds ill, and all but two, beyond 40 steps; return whether anybody is left."""
+        """Beyond 40 steps drop whom a check still finds ill; return whether anybody is left."""
         if rung <= _SLOW:
             return True
-        if rung > 2 * _SLOW or self.judgement.somebody_helps():
+        if self.judgement.somebody_helps():
             return False
-        well = [item for item in self._running() if not self._health.stays(item.lanes[0])]
-        if well:
-            for entrant in self._running():
-                if entrant not in well:
-                    self._drop(entrant, "dropped", f"a check after {self._length} steps still finds {self._illness.code}")
-            self._cut(self._length, 2)
-        return bool(well)
+        ill = [item for item in self._running() if self._health.stays(item.lanes[0])]
+        for entrant in ill:
+            self._drop(entrant, "dropped", f"a check after {self._length} steps still finds {self._illness.code}")
+        return bool(self._running())
 
     def _tune_rate(self) -> bool:
         """Try who leads at other rates: at lower ones where its steps overshoot, at higher ones where they are short.
