@@ -277,8 +277,9 @@ def test_other_operations_see_the_new_function() -> None:
 
     applied = replace_activations(model, "leaky-relu", batch=X, initialize_layers=True, generator=3)
 
-    initialize(twin, "he", batch=X, modules=["first", "second"], generator=3)
-    assert set(applied.changed) == {f"{name}.{kind}" for name in ("first", "second") for kind in ("weight", "bias")}
+    drawn = ("first", "second", "last")
+    initialize(twin, "he", batch=X, modules=drawn, generator=3)
+    assert set(applied.changed) == {f"{name}.{kind}" for name in drawn for kind in ("weight", "bias")}
     assert_equal(reaction(model), reaction(twin))
     assert insert_norm(model, batch=X).changes == insert_norm(twin, batch=X).changes
     assert_equal(reaction(model), reaction(twin))

@@ -120,14 +120,22 @@ def called(kind: Callable[[], nn.Module]) -> str:
 
 
 def regression(
-    seed: int, *, depth: int = 4, gain: float = 1.0, targets: float = 1.0, spike: float = 0.0, waves: int = 0, **options: Any
+    seed: int,
+    *,
+    depth: int = 4,
+    gain: float = 1.0,
+    inputs: float = 1.0,
+    targets: float = 1.0,
+    spike: float = 0.0,
+    waves: int = 0,
+    **options: Any,
 ) -> Job:
+    """Return the run of a perceptron that fits diabetes, or a sine of so many features."""
     known = data.waves(waves) if waves else data.diabetes()
-    known = replace(known, x=known.x * (inputs := options.pop("inputs", 1.0)), test_x=known.test_x * inputs)
+    known = replace(known, x=known.x * inputs, test_x=known.test_x * inputs)
     known = replace(known, y=known.y * targets, test_y=known.test_y * targets)
-    model = nets.mlp(
-        known.x.shape[1], 1, depth, options.pop("activation", nn.ReLU), width=options.pop("width", 32), init="he", gain=gain
-    )
+    features, activation, width = known.x.shape[1], options.pop("activation", nn.ReLU), options.pop("width", 32)
+    model = nets.mlp(features, 1, depth, activation, width=width, init="he", gain=gain)
     _spoil(model, options.pop("fault", None))
     if options.pop("relu_output", False):
         model.append(nn.ReLU())

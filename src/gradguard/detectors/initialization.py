@@ -18,7 +18,7 @@ from gradguard.detectors._numbers import column, finite_median, signal
 from gradguard.detectors.depth import observed_spans
 from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
-from gradguard.records import StepRecord
+from gradguard.records import LayerTable, StepRecord
 
 __all__ = ["find_poor_initialization"]
 
@@ -33,9 +33,6 @@ in eleven healthy ones."""
 
 _TIMES_WANTED = 3.0
 """Times the scale that keeps the signal's size. Ours: healthy nets have at most 1.4 times."""
-
-_FEWEST = 2
-"""Such activations that it takes: one alone cannot cut much off. Ours."""
 
 _FAR_ABOVE_CHANCE = 3.0
 """Times ln(classes) that a classifier's first loss must be for its first weights to be at fault beyond doubt. Source:
@@ -129,19 +126,21 @@ def _at_the_ends(history: History) -> Sequence[Finding]:
     record = history.records[0]
     table = record.layers
     rows = [row for row, kind in enumerate(table.types) if kind in _TWO_ENDS]
-    if len(rows) < _FEWEST or "norm" in table.roles:
+    if not rows or "norm" in table.roles:
         return []
     given, delta = column(record, "input_delta_norm")[rows], column(record, "delta_norm")[rows]
     with np.errstate(divide="ignore", invalid="ignore"):
         passed = finite_median(given / delta / np.array(table.derivative_bounds)[rows])
     if not passed < _PASSED:
         return []
-    deviations = weight_deviations(record)
+    known = weight_deviations(record)
+    before = {_layer_before(table, row) for row in rows}
+    deviations = {name: known[name] for name in table.names if name in known and name in before}
     deviation = finite_median(np.array([*deviations.values()]))
     wanted = wished_deviation(table.types[rows[0]])
     if not deviation > _TIMES_WANTED * wanted:
         return []
-    layers = tuple(name for name in table.names if name in deviations)
+    layers = tuple(deviations)
     return [
         make_finding(
             "GG403",
@@ -163,6 +162,11 @@ def _at_the_ends(history: History) -> Sequence[Finding]:
             },
         )
     ]
+
+
+def _layer_before(table: LayerTable, row: int) -> str:
+    """Return the layer with weights whose outputs an activation is given: the head of a trained net may be large."""
+    return next((table.names[index] for index in range(row - 1, -1, -1) if table.roles[index] == "affine"), "")
 
 
 def _message(gain: float, layers: int, evidence: dict[str, Evidence]) -> str:

@@ -15,7 +15,7 @@ from gradguard.monitors._describe import clean_name, describe
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.initialization import initialize
 from gradguard.remedies.surgery._chain import chain
-from gradguard.remedies.surgery._functions import layers_before, replace_functions
+from gradguard.remedies.surgery._functions import layers_around, replace_functions
 from gradguard.remedies.surgery._ledger import Ledger
 from gradguard.remedies.surgery._operate import Edit, checked, operate
 from gradguard.remedies.surgery._survey import Survey, affine, chosen, survey
@@ -90,8 +90,9 @@ def replace_activations(  # noqa: PLR0913  # all are keywords with defaults
         compute_loss: Where the batch holds more than the model's inputs: called as ``compute_loss(model, batch)``.
         modules: Names of the activation modules to replace, of whatever kind, and of modules whose own code calls
             hidden activations as functions; ``None`` for those above.
-        initialize_layers: Draw the weights of the layers before them anew, with the gain of the new activation: a
-            stack with the weights of another does not keep the size of its signals. What was learnt there is lost.
+        initialize_layers: Draw the weights of the layers before and behind them anew, with the gain of the activation
+            that follows: a stack with the weights of another does not keep the size of its signals, and a head that was
+            given 0 to 1 by a sigmoid is given more by ReLU. What was learnt there is lost.
         generator: Seed for the new weights.
         optimizer: The optimizer or optimizers; the state of weights drawn anew begins anew.
         dry_run: Say what would be done and change nothing.
@@ -142,7 +143,7 @@ def _plan(
     wanted = _SATURATING_FUNCTIONS if to == "relu" else _SATURATING_FUNCTIONS | _DYING_FUNCTIONS
     in_code = replace_functions(found, wanted, to.replace("-", "_"), named, _whole)
     edits, skipped = in_code.edits, in_code.skipped
-    layers = dict.fromkeys(layers_before(found, in_code.ops) if in_code.ops else ())
+    layers = dict.fromkeys(layers_around(found, in_code.ops) if in_code.ops else ())
     for raw, module in found.model.named_modules():
         name = clean_name(raw)
         if named is not None and all(module is not other for other in named.values()):
@@ -157,7 +158,7 @@ def _plan(
         if reason is not None:
             skipped[name] = reason
             continue
-        layers.update(dict.fromkeys(_layers_before(found, module)))
+        layers.update(dict.fromkeys(_layers_around(found, module)))
         edits.append(
             Edit(words=f"{name}: {type(module).__name__} > {type(_NEW[to]()).__name__}", make=partial(_put, module, to))
         )
@@ -208,14 +209,15 @@ def not_hidden(found: Survey, module: nn.Module) -> str | None:
     return None
 
 
-def _layers_before(found: Survey, module: nn.Module) -> list[str]:
-    """Return the layers whose output the activation takes, past normalization, reshaping and sums."""
+def _layers_around(found: Survey, module: nn.Module) -> list[str]:
+    """Return the layers whose output the activation takes, and those that take its own; past norms and the like."""
     if found.trace is None:
         order = [(name, m) for name, m in found.model.named_modules() if next(m.children(), None) is None or affine(m)]
-        before = order[: next(i for i, (_, m) in enumerate(order) if m is module)]
-        return [clean_name(name) for name, m in before if affine(m)][-1:]
+        place = next(i for i, (_, m) in enumerate(order) if m is module)
+        before, behind = ([clean_name(n) for n, m in part if affine(m)] for part in (order[:place], order[place:]))
+        return before[-1:] + behind[:1]
     ops = [op for op in found.trace.ops if found.owners.get(op.index, (None,))[0] is module]
-    return layers_before(found, ops)
+    return layers_around(found, ops)
 
 
 def _put(module: nn.Module, to: ActivationName, kept: Ledger) -> nn.Module:
