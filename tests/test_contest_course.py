@@ -125,6 +125,63 @@ def test_a_regression_that_batch_norm_leads_goes_on(kind: type[nn.Module], steps
     assert {run.steps for run in result.runs if run.outcome in {"best", "helps", "no effect", "worse"}} == {steps}
 
 
+def sines(seed: int) -> tuple[nn.Module, list[Any]]:
+    """Return a net whose first weights are six times too large, and batches of a sine of two features."""
+    draw = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            (nn.init.zeros_ if "bias" in name else nn.init.kaiming_normal_)(parameter)
+        model[0].weight.mul_(6.0)
+    points = [3.0 * (2.0 * torch.rand(64, 2, generator=draw) - 1.0) for _ in range(80)]
+    return model, [(x, torch.sin(2.0 * x).mean(dim=1) * math.sqrt(2.0)) for x in points]
+
+
+def fast_adam(model: nn.Module) -> torch.optim.Optimizer:
+    """Return Adam at ten times its usual rate."""
+    return torch.optim.Adam(model.parameters(), lr=1e-2)
+
+
+def square(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Return the mean square error of a model with one output."""
+    return (model(batch[0])[:, 0] - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("seed", "steps"),
+    [(2, {40}), (0, {80, 160}), (3, {80, 160})],
+    ids=["a normalization leads", "nobody helps in 40 steps", "nor here"],
+)
+def test_a_saturated_regression_goes_on_to_where_new_weights_show(seed: int, steps: set[int]) -> None:
+    """LayerNorm makes of two features little more than their signs; saturated units learn what is easy as fast."""
+    model, data = sines(seed)
+    diagnosis = gradguard.check(model, data[0], square)
+    result = gradguard.trial(model, data, square, fast_adam, diagnosis=diagnosis, run_steps=240)
+
+    assert result.best is not None
+    assert result.best.remedy == "xavier-initialization"
+    assert result.best.effect is not None
+    assert result.best.effect.steps in steps
+    assert result.best.effect.loss_after < 0.6 * result.best.effect.loss_before
+
+
+@pytest.mark.parametrize(("kind", "raised"), [(nn.MSELoss, True), (nn.CrossEntropyLoss, False)])
+def test_a_regression_bears_a_rate_without_the_margin_of_the_search(kind: type[nn.Module], raised: bool) -> None:
+    """It is tried, and taken where it does better; a classifier keeps the margin."""
+    compute_loss = square if kind is nn.MSELoss else classification_loss
+    data = [(x, x[:, :8].sum(dim=1) - 2.0 if kind is nn.MSELoss else y) for x, y in batches()]
+    model, remedy = net(init="he"), catalogue.find("lower-learning-rate")
+    assert remedy is not None
+    searched = Entrant(prescription=plain_prescription("lower-learning-rate"), remedy=remedy)
+    Copies(model, Race(Batches(data, 80), compute_loss, base_seed=0), sgd(3.0)).search_rate(searched)
+    result = gradguard.trial(model, data, compute_loss, sgd(3.0), candidates=["lower-learning-rate"], run_steps=240)
+
+    assert result.best is not None
+    times = float(result.best.arguments["factor"]) / float(searched.prescription.arguments["factor"])
+    assert times == pytest.approx(math.sqrt(10.0) if raised else 1.0, rel=0.05)
+
+
 def test_a_search_goes_on_with_the_copy_that_did_best() -> None:
     """It finds the rate that it would find if each attempt began anew, in three steps less."""
     remedy = catalogue.find("lower-learning-rate")

@@ -128,6 +128,25 @@ def test_weights_that_drive_tanh_to_its_ends_are_found_before_the_first_step(
         assert "near their flat ends" in findings[0].message
 
 
+@pytest.mark.parametrize(("hidden", "head", "found"), [(8.0, 1.0, True), (1.0, 30.0, False)])
+def test_one_activation_at_its_ends_is_enough_and_the_head_is_no_reason(
+    hidden: float, head: float, found: bool
+) -> None:
+    """A net with one hidden layer; the head of a trained one is large in good health, wherever its units lie."""
+    torch.manual_seed(0)
+    model = mlp(2, nn.Tanh, init="xavier")
+    first, last = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        first.weight.mul_(hidden)
+        last.weight.mul_(head)
+    x, y = digit_batch(64)
+
+    diagnosis = gradguard.check(model, (x if found else 4.0 * x, y), classification_loss)
+    messages = [finding.message for finding in diagnosis.findings if finding.code == "GG403"]
+
+    assert any("1 activation near its flat ends" in message for message in messages) is found
+
+
 @pytest.mark.parametrize(("weights", "inputs"), [(8.0, 1e-3), (1.0, 50.0)], ids=["small signal", "far inputs"])
 def test_neither_large_weights_nor_flat_ends_alone_are_the_fault_of_the_weights(weights: float, inputs: float) -> None:
     """A small signal stays where tanh is steep; inputs that are far off are the data's fault."""

@@ -231,7 +231,7 @@ def test_far_inputs_are_the_cause_where_they_are_far() -> None:
         lambda: saturated(tanh(losses=falling(201)), 0.9, 0.1, 3),
         lambda: saturated(tanh(losses=falling(201, 2.3, 2.0, noise=0.001)), 0.9, 0.1, 3),
         lambda: saturated(tanh(losses=flat(201)), 0.9, 0.5, 3),
-        lambda: saturated(tanh(losses=flat(201)), 0.4, 0.1, 3),
+        lambda: saturated(tanh(losses=flat(201)), 0.2, 0.1, 3),
         lambda: saturated(tanh(losses=flat(201)), 0.9, 0.1, 3, at=lambda step: step in {0, 1, 5, 20}),
         lambda: saturated(tanh(losses=flat(201)), 0.9, 0.1, 3, at=lambda step: step < 100),
         lambda: saturated(tanh(losses=flat(201)), 0.9, 0.1, 3, at=lambda step: step >= 150),
@@ -242,6 +242,31 @@ def test_far_inputs_are_the_cause_where_they_are_far() -> None:
 def test_saturation_that_costs_nothing_is_no_finding(build: Callable[[], History]) -> None:
     """Trained tanh nets hold saturated units in good health."""
     assert find_saturated_units(build(), CONFIG) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "passed", "since", "found"),
+    [(0.4, 0.25, 0, True), (0.4, 0.35, 0, False), (0.2, 0.25, 0, False), (0.4, 0.25, 1, False), (0.4, 0.1, 1, False)],
+    ids=["at first", "passes enough", "few", "since training", "few since training"],
+)
+@pytest.mark.parametrize("preflight", [False, True])
+def test_before_training_milder_saturation_is_the_fault_of_weights_or_data(
+    share: float, passed: float, since: int, found: bool, preflight: bool
+) -> None:
+    """First weights leave healthy units off their ends; what training has made of them may lie there in good health."""
+    steps = (0,) if preflight else (0, 1, 2, 5, 10, 20, 50, 100, 150, 200)
+    history = tanh(losses=[2.3] if preflight else flat(201), steps=steps, preflight=preflight)
+
+    ill = saturated(history, share, passed, 3, at=lambda step: step >= since)
+
+    assert bool(find_saturated_units(ill, CONFIG)) is found
+
+
+def test_milder_saturation_at_the_start_of_a_run_that_goes_on_is_none_of_first_weights() -> None:
+    """A run resumed at step 100 begins with trained weights."""
+    history = saturated(tanh(losses=flat(101), steps=tuple(range(100, 200, 10))), 0.4, 0.25, 3)
+
+    assert find_saturated_units(history, CONFIG) == []
 
 
 def test_an_output_activation_may_saturate() -> None:

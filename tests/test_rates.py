@@ -104,6 +104,20 @@ def test_downwards_no_rate_is_lower_than_does_good() -> None:
     assert 1e-2 <= factor <= 0.1
 
 
+@pytest.mark.parametrize(("log", "up", "reached"), [(-5, False, True), (3, True, False)])
+def test_rates_that_diverge_end_no_search_downwards(log: int, up: bool, reached: bool) -> None:
+    """Where the run's rate is ten thousand times too high the first three decades diverge; upwards the next do too."""
+    tried: list[float] = []
+
+    def attempt(factor: float, steps: int) -> tuple[float, float]:
+        tried.append(math.log10(factor))
+        return (1.0 if factor < 1.01 * 10.0**log and not up else math.inf), 1e-3
+
+    search_rate(attempt, up=up)
+
+    assert any(exponent == pytest.approx(log) for exponent in tried) is reached
+
+
 def test_the_search_measures_the_steps_that_it_takes() -> None:
     """SGD on one matrix: the ratio of each step is the rate times the gradient over the weight."""
     model = nn.Linear(4, 1, bias=False)

@@ -55,6 +55,11 @@ class Entrant:
     screened: bool = False
 
     @property
+    def may_come_back(self) -> bool:
+        """Whether it was dropped for its losses, and may be let in again."""
+        return self.outcome == "dropped" and not self.screened and bool(self.lanes)
+
+    @property
     def result(self) -> float:
         """Mean result over the seeds."""
         return math.inf if not self.lanes else sum(lane.result for lane in self.lanes) / len(self.lanes)

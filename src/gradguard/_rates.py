@@ -59,7 +59,8 @@ def search_rate(attempt: Callable[[float, int], tuple[float, float]], *, up: boo
         factor = 10.0 ** (decade if up else -decade)
         best = min(coarse.values(), default=math.inf)
         coarse[factor], ratios[factor] = attempt(factor, _FIRST_STEPS)
-        worse = 0 if coarse[factor] < best else worse + 1
+        lost = math.isinf(best) and not up  # lower rates may hold where all so far diverge
+        worse = 0 if lost or coarse[factor] < best else worse + 1
         silent = up and best > (1.0 - _FLAT) * coarse[10.0]
         if worse >= _PATIENCE and not (silent and ratios[factor] < _FAST):
             break

@@ -146,8 +146,7 @@ def _at_the_ends(history: History) -> Sequence[Finding]:
             "GG403",
             Severity.INFO if loss_progress(history).trend is Trend.FALLEN else Severity.WARNING,
             f"The first weights are too large for {table.types[rows[0]]}: their gain is {deviation:.2g}, {wanted:.3g} "
-            f"would keep the signal's size, and {len(rows)} activations near their flat ends pass {passed:.2g} of the "
-            "gradient.",
+            f"would keep the signal's size, and {_activations(len(rows))} {passed:.2g} of the gradient.",
             step=0,
             last_step=0,
             layer=layers[0],
@@ -162,6 +161,10 @@ def _at_the_ends(history: History) -> Sequence[Finding]:
             },
         )
     ]
+
+
+def _activations(count: int) -> str:
+    return "1 activation near its flat ends passes" if count == 1 else f"{count} activations near their flat ends pass"
 
 
 def _layer_before(table: LayerTable, row: int) -> str:
