@@ -17,6 +17,7 @@ from gradguard._judgement import Judgement
 from gradguard._race import Batches, Lane, Race
 from gradguard.findings import Diagnosis, Evidence, Finding, Prescription, Severity
 from gradguard.prescriptions import plain_prescription
+from gradguard.remedies import catalogue
 from gradguard.remedies.catalogue import Remedy
 from tests.models import classification_loss
 from tests.test_contest import broken, contest, scaled
@@ -115,6 +116,39 @@ def chance_known_to_a_race(model: nn.Module, compute_loss: Callable[[Any, Any], 
     copied = copy.deepcopy(model)
     race.advance(Lane("", 0, copied, sgd(1e-3)(copied)), 1)
     return race.chance
+
+
+@pytest.mark.parametrize(
+    ("remedy", "losses", "chance", "is_open"),
+    [
+        ("layer-norm", (0.5, 0.6, 1.0), math.nan, True),
+        ("layer-norm", (0.3, 0.6, 1.0), math.nan, True),
+        ("layer-norm", (0.2, 0.6, 1.0), math.nan, False),
+        ("layer-norm", (0.2, 0.6, math.inf), math.nan, False),
+        ("xavier-initialization", (0.5, 0.6, 1.0), math.nan, False),
+        ("layer-norm", (0.5, 0.6, 1.0), 2.3, False),
+        ("layer-norm", (0.999, 1.0, 1.0), math.nan, False),
+    ],
+    ids=["leads", "others near", "far ahead", "of a diverged one", "adds nothing", "classifier", "helps nobody"],
+)
+def test_a_regression_that_a_new_module_leads_is_open_until_it_leads_by_far(
+    remedy: str, losses: tuple[float, float, float], chance: float, is_open: bool
+) -> None:
+    """By far ahead of all others, not of the untreated copy alone."""
+
+    def lane(loss: float) -> Lane:
+        model = nn.Linear(1, 1)
+        return Lane("", 0, model, sgd(0.1)(model), losses=[loss] * 8, fault="" if math.isfinite(loss) else "diverged")
+
+    def entered(name: str, loss: float) -> Entrant:
+        known = catalogue.find(name)
+        assert known is not None
+        return Entrant(prescription=plain_prescription(name), remedy=known, lanes=[lane(loss)])
+
+    leader, other, control = entered(remedy, losses[0]), entered("lsuv", losses[1]), lane(losses[2])
+    judgement = Judgement([control], [leader, other], ill=True, mender=None, chance=chance)
+
+    assert judgement.is_open(leader) is is_open
 
 
 def test_a_loss_that_no_classifier_has_tells_nothing_of_guessing() -> None:

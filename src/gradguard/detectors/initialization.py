@@ -57,8 +57,8 @@ def find_poor_initialization(history: History, config: GuardConfig) -> Sequence[
     measured span was, and still is, beyond ``span_warning``, or where weights that are too large give a classifier a
     first loss of more than three times that of chance. Once training has halved the span nothing is said.
 
-    Weights of more than three times the scale that tanh and its like keep the signal with are a warning, too, if those
-    pass less than 0.45 of the gradient; a remark once the loss has clearly fallen.
+    Weights in front of tanh and its like, be it one, of more than three times the scale that keeps the signal with them
+    are a warning, too, if those pass less than 0.45 of the gradient; a remark once the loss has clearly fallen.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``delta_norm`` at step 0.
