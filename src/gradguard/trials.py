@@ -66,9 +66,9 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     Every candidate is applied to a copy of the model as it is given, so give it as it was *before* it was damaged,
     where that is at hand. All copies see the same batches and the same random numbers, an untreated copy among them.
     After a fifth and a half of the steps those behind are dropped; at most three run to the end, under two seeds where
-    the budget allows; a short race for a regression that a cure with a new module leads goes on to 40 steps. Among those within 5 % of the best gain
-    the one that changes least is recommended. BatchNorm that a cure adds is judged in evaluation mode as well; where
-    batches hold fewer than 16 examples, losses are those of 128.
+    the budget allows; a short race for a regression that a cure with a new module leads goes on to 40 steps. Among
+    those within 5 % of the best gain the one that changes least is recommended. BatchNorm that a cure adds is judged in
+    evaluation mode as well; where batches hold fewer than 16 examples, losses are those of 128.
 
     Learning rates are searched by decades; where the run's rate had climbed, copies begin at the rate that it had
     climbed to. Where the steps of a winner that has not halved the loss overshoot, it is tried at lower rates too, over
@@ -76,9 +76,9 @@ def trial(  # noqa: PLR0913  # all but four are keywords with defaults
     in its arguments). Where what a guard saw may be the doing of the first weights or of raw data, cures for those are
     tried as well, up to six in all. For an illness of layers other cures of layers stand in where fewer than two of the
     prescribed ones can be applied, or none helps after 40 steps; what diverged is then tried at a tenth of the rate. A
-    run of hundreds of steps is raced for up to 160 of them while nobody helps; beyond 40, where the untreated copy learns
-    as well, with those alone that a check finds well. The model, its gradients, its modes and
-    all random states stay as they are.
+    run of hundreds of steps is raced for up to 160 of them while nobody helps; beyond 40, where the untreated copy
+    learns as well, with those alone that a check finds well. The model, its gradients, its modes and all random states
+    stay as they are.
 
     Args:
         model: Any module that can be copied.
