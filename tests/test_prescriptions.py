@@ -148,6 +148,15 @@ def test_cures_suit_activation_and_layers(activation: str, kind: str, names: lis
     assert [cure.remedy for cure in cures][:3] == names
 
 
+@pytest.mark.parametrize(("code", "lsuv"), [("GG403", True), ("GG302", True), ("GG101", False), ("GG102", False)])
+def test_tanh_at_its_ends_is_scaled_and_over_depth_made_orthogonal(code: str, lsuv: bool) -> None:
+    """Both say what an activation passes."""
+    names = remedies(found(code, Cause.WEIGHT_SCALE, activation="Tanh", activation_gain=0.3))
+
+    assert ("lsuv" in names) is lsuv
+    assert ("orthogonal-initialization" in names) is not lsuv
+
+
 def test_normalization_stays_of_the_kind_that_the_model_has() -> None:
     """A model with RMSNorm gets more of it."""
     rows = [layer("0", "Linear 4>4"), layer("1", "RMSNorm 4", "norm")]

@@ -16,6 +16,9 @@ _SIGMOIDS = frozenset({"Sigmoid", "Hardsigmoid", "LogSigmoid"})
 """Activations that no scale of the weights makes pass the gradient. Source: ours, algorithms.md, section D: LSUV leaves
 7 of 11 decades lost."""
 
+_AT_THE_ENDS = frozenset({"GG302", "GG403"})
+"""Illnesses of activations at their ends, where they say what those pass: of one or two layers, not lost over depth."""
+
 _BY_EXAMPLE = ("LayerNorm", "RMSNorm")
 _MADE_BY_STEPS = frozenset({"GG101", "GG102", "GG301", "GG302"})
 """Illnesses of layers that good first weights do not have, and steps that are too large make."""
@@ -90,7 +93,7 @@ def _initializations(finding: Finding, layers: Sequence[LayerProfile]) -> dict[s
     """
     activation = activation_of(finding)
     orthogonal = "delta-orthogonal-initialization" if _convolutional(finding, layers) else "orthogonal-initialization"
-    if activation in _ZERO_CENTRED and "activation_gain" in finding.evidence:  # at their ends, not lost over depth
+    if activation in _ZERO_CENTRED and finding.code in _AT_THE_ENDS and "activation_gain" in finding.evidence:
         return {"he-initialization": ("xavier-initialization",)}
     if activation in _ZERO_CENTRED:
         return {"he-initialization": ("xavier-initialization",), "lsuv": (orthogonal,)}
