@@ -125,15 +125,15 @@ def test_a_regression_that_batch_norm_leads_goes_on(kind: type[nn.Module], steps
     assert {run.steps for run in result.runs if run.outcome in {"best", "helps", "no effect", "worse"}} == {steps}
 
 
-def sines(seed: int) -> tuple[nn.Module, list[Any]]:
-    """Return a net whose first weights are six times too large, and batches of a sine of two features."""
+def sines(seed: int, times: float = 6.0) -> tuple[nn.Module, list[Any]]:
+    """Return a net whose first weights are so many times too large, and batches of a sine of two features."""
     draw = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             (nn.init.zeros_ if "bias" in name else nn.init.kaiming_normal_)(parameter)
-        model[0].weight.mul_(6.0)
+        model[0].weight.mul_(times)
     points = [3.0 * (2.0 * torch.rand(64, 2, generator=draw) - 1.0) for _ in range(80)]
     return model, [(x, torch.sin(2.0 * x).mean(dim=1) * math.sqrt(2.0)) for x in points]
 
@@ -164,6 +164,25 @@ def test_a_saturated_regression_goes_on_to_where_new_weights_show(seed: int, ste
     assert result.best.effect is not None
     assert result.best.effect.steps in steps
     assert result.best.effect.loss_after < 0.6 * result.best.effect.loss_before
+
+
+@pytest.mark.parametrize(("run_steps", "times", "rate"), [(900, 12.0, 3e-3), (1000, 6.0, 1e-3), (5000, 6.0, 1e-3)])
+def test_overtime_keeps_to_the_quarter_of_a_run_of_thousands(run_steps: int, times: float, rate: float) -> None:
+    """Nobody is let in again whom a check found ill; a run of hundreds may cost more."""
+    model, data = sines(0, times)
+    diagnosis = gradguard.check(model, data[0], square)
+    result = gradguard.trial(
+        model,
+        data,
+        square,
+        lambda net: torch.optim.Adam(net.parameters(), lr=rate),
+        diagnosis=diagnosis,
+        run_steps=run_steps,
+    )
+
+    screened = [run for run in result.runs if "a check before the first step" in run.why]
+    assert all(run.steps == 0 and run.outcome == "dropped" for run in screened)
+    assert run_steps < 1000 or result.cost_steps <= 0.25 * run_steps
 
 
 @pytest.mark.parametrize(("kind", "raised"), [(nn.MSELoss, True), (nn.CrossEntropyLoss, False)])

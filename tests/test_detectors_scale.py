@@ -128,7 +128,31 @@ def test_weights_that_drive_tanh_to_its_ends_are_found_before_the_first_step(
         assert "near their flat ends" in findings[0].message
 
 
-@pytest.mark.parametrize(("hidden", "head", "found"), [(8.0, 1.0, True), (1.0, 30.0, False)])
+class Sides(nn.Module):
+    """A layer that is far too large and gives to ReLU, run just before a tanh whose own weights are none of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side, self.squash, self.last = nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)
+        self.weight = nn.Parameter(0.5 * torch.randn(64, 32))
+        nn.init.normal_(self.side.weight, std=1.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        side = 0.05 * torch.relu(self.side(x))
+        logits: torch.Tensor = self.last(self.squash(x @ self.weight) + side)
+        return logits
+
+
+def test_a_layer_that_gives_to_others_does_not_drive_tanh_to_its_ends() -> None:
+    """Only what an activation takes is to blame, not what ran last."""
+    torch.manual_seed(0)
+    diagnosis = gradguard.check(Sides(), digit_batch(64), classification_loss)
+
+    assert "near its flat ends" not in "".join(finding.message for finding in diagnosis.findings)
+
+
+@pytest.mark.parametrize(("hidden", "head", "found"), [(8.0, 1.0, True), (4.0, 1.0, False), (1.0, 30.0, False)])
 def test_one_activation_at_its_ends_is_enough_and_the_head_is_no_reason(
     hidden: float, head: float, found: bool
 ) -> None:

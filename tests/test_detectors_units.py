@@ -244,16 +244,36 @@ def test_saturation_that_costs_nothing_is_no_finding(build: Callable[[], History
     assert find_saturated_units(build(), CONFIG) == []
 
 
+def patched(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """Let the weights before every activation have this scale."""
+    name = "gradguard.detectors.saturated_units.deviations_before"
+    monkeypatch.setattr(name, lambda record: np.full(len(record.layers), scale))
+
+
 @pytest.mark.parametrize(
-    ("share", "passed", "since", "found"),
-    [(0.4, 0.25, 0, True), (0.4, 0.35, 0, False), (0.2, 0.25, 0, False), (0.4, 0.25, 1, False), (0.4, 0.1, 1, False)],
-    ids=["at first", "passes enough", "few", "since training", "few since training"],
+    ("share", "passed", "since", "scale", "found"),
+    [
+        (0.4, 0.25, 0, 7.0, True),
+        (0.4, 0.25, 0, 5.0, False),
+        (0.4, 0.35, 0, 7.0, False),
+        (0.2, 0.25, 0, 7.0, False),
+        (0.4, 0.25, 1, 7.0, False),
+        (0.4, 0.1, 1, 7.0, False),
+    ],
+    ids=["at first", "weights as trained", "passes enough", "few", "since training", "few since training"],
 )
 @pytest.mark.parametrize("preflight", [False, True])
 def test_before_training_milder_saturation_is_the_fault_of_weights_or_data(
-    share: float, passed: float, since: int, found: bool, preflight: bool
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    passed: float,
+    since: int,
+    scale: float,
+    found: bool,
+    preflight: bool,
 ) -> None:
     """First weights leave healthy units off their ends; what training has made of them may lie there in good health."""
+    patched(monkeypatch, scale)
     steps = (0,) if preflight else (0, 1, 2, 5, 10, 20, 50, 100, 150, 200)
     history = tanh(losses=[2.3] if preflight else flat(201), steps=steps, preflight=preflight)
 
@@ -262,8 +282,11 @@ def test_before_training_milder_saturation_is_the_fault_of_weights_or_data(
     assert bool(find_saturated_units(ill, CONFIG)) is found
 
 
-def test_milder_saturation_at_the_start_of_a_run_that_goes_on_is_none_of_first_weights() -> None:
+def test_milder_saturation_at_the_start_of_a_run_that_goes_on_is_none_of_first_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A run resumed at step 100 begins with trained weights."""
+    patched(monkeypatch, 7.0)
     history = saturated(tanh(losses=flat(101), steps=tuple(range(100, 200, 10))), 0.4, 0.25, 3)
 
     assert find_saturated_units(history, CONFIG) == []

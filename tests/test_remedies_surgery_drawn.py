@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -42,3 +44,45 @@ def test_layers_before_and_behind_a_new_activation_are_drawn_anew(batch: Tensor 
         if isinstance(layer, nn.Linear)
     }
     assert all(0.08 < scale < 0.25 for name, scale in scales.items() if name in around)
+
+
+def frozen(model: nn.Sequential) -> None:
+    """Freeze the head."""
+    model[2].weight.requires_grad_(False)
+
+
+def tied(model: nn.Sequential) -> None:
+    """Let the head have the weight of the first layer."""
+    model[2].weight = model[0].weight
+
+
+def parametrized(model: nn.Sequential) -> None:
+    """Let something else make the head's weight."""
+    nn.utils.parametrizations.spectral_norm(model[2])
+
+
+def zero(model: nn.Sequential) -> None:
+    """Begin as a function that is 0."""
+    nn.init.zeros_(model.get_parameter("2.weight"))
+
+
+@pytest.mark.parametrize("spoil", [frozen, tied, parametrized, zero])
+@pytest.mark.parametrize("batch", [None, torch.ones(4, 16)], ids=["in order", "traced"])
+def test_what_may_not_be_drawn_anew_behind_an_activation_stays(
+    spoil: Callable[[nn.Sequential], None], batch: Tensor | None
+) -> None:
+    """The cure is possible all the same, and a dry run says what will be."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 16))
+    first, last = model[0], model[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    spoil(model)
+    before = first.weight.detach().clone(), last.weight.detach().clone()
+
+    dry = replace_activations(model, "relu", batch=batch, initialize_layers=True, dry_run=True)
+    replace_activations(model, "relu", batch=batch, initialize_layers=True)
+
+    assert not any(line.startswith("2:") for line in dry.changes)
+    assert not torch.equal(first.weight, before[0])
+    if spoil is not tied:
+        assert torch.allclose(last.weight, before[1], atol=1e-2)

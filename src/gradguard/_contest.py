@@ -16,7 +16,7 @@ from gradguard._judgement import Judgement, guesses
 from gradguard._measuring import is_coarse, look
 from gradguard._mending import first_that_is_harmless, first_that_mends
 from gradguard._plan import Plan
-from gradguard._race import Lane, Race
+from gradguard._race import Lane, Race, steps_to
 from gradguard._rates import HALF_A_DECADE
 from gradguard._twins import check_memory
 from gradguard._untouched import FAILURES
@@ -193,10 +193,13 @@ class Contest:
             slow = self._learns() and (self._illness.code not in SCREENED or not self._go_on_well(rung))
             if not self.shown or lost or slow or self.judgement.somebody_helps(clearly=rung <= _SLOW):
                 return
-            if rung == self._plan.overtime[0][0]:
-                for entrant in self._entrants:
-                    if entrant.outcome == "dropped":
-                        entrant.outcome = entrant.out = ""
+            anew = rung == self._plan.overtime[0][0] and (rung <= _SLOW or not self._learns())
+            back = [item for item in self._entrants if anew and item.outcome == "dropped"]
+            lanes = [self._control[0], *(item.lanes[0] for item in (*self._running(), *back) if item.lanes)]
+            if self.steps_taken + steps_to(rung, lanes, seeds=self._plan.seeds) > self._plan.budget:
+                return
+            for entrant in back:
+                entrant.outcome = entrant.out = ""
             self._length = rung
             self._copies.advance_to_end(self._control[0], rung)
             self._race_to(rung)
@@ -299,11 +302,8 @@ class Contest:
 
     def _drop(self, entrant: Entrant, outcome: str, why: str) -> None:
         entrant.outcome, entrant.out = outcome, why or outcome
-        self._say(f"{entrant.prescription.remedy}: {outcome}, {why}")
-
-    def _say(self, line: str) -> None:
         if self._progress is not None:
-            self._progress(line)
+            self._progress(f"{entrant.prescription.remedy}: {outcome}, {why}")
 
     def _enter(self, entrant: Entrant) -> None:
         if not self.shown and entrant.remedy.level > 0:

@@ -54,6 +54,7 @@ class Plan:
         overtime: Steps to go on to where no loss tells a cure from nothing by then, and candidates left after each; 0
             leaves all.
         easing: Steps to which to go on where the winner's learning rate turns out too high; 0 never to look.
+        budget: Steps over all copies at which nobody goes on to overtime; infinite for runs of hundreds of steps.
     """
 
     rungs: tuple[int, ...]
@@ -61,6 +62,7 @@ class Plan:
     seeds: int
     overtime: tuple[tuple[int, int], ...] = ()
     easing: int = 0
+    budget: float = math.inf
 
     @property
     def length(self) -> int:
@@ -111,6 +113,7 @@ def make_plan(candidates: int, *, searched: int = 0, run_steps: int | None = Non
         chosen,
         overtime=tuple((rung, keep) for rung, keep in _OVERTIME if chosen.length < rung <= run_steps),
         easing=easing if room and easing <= run_steps else 0,
+        budget=math.inf if run_steps < _LONG else SHARE * run_steps,
     )
 
 

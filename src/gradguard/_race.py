@@ -30,6 +30,7 @@ __all__ = [
     "Lane",
     "Race",
     "paired_gain",
+    "steps_to",
 ]
 
 LAST = 8
@@ -290,6 +291,12 @@ def _chance(model: nn.Module, loss: torch.Tensor) -> float:
         return math.nan
     chance = math.log(linear[-1].out_features)
     return chance if float(loss.detach()) > CHANCE_BAND[0] * chance else math.nan
+
+
+def steps_to(rung: int, lanes: Sequence[Lane], *, seeds: int) -> int:
+    """Return the steps that copies have to take to come to one, and then again under every further seed."""
+    going = [lane for lane in lanes if not lane.fault]
+    return sum(max(0, rung - len(lane.losses)) for lane in going) + (seeds - 1) * rung * len(going)
 
 
 def paired_gain(untreated: Sequence[Lane], treated: Sequence[Lane]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gradguard.detectors._numbers import column, finite_median, parameter_column, signal
 from gradguard.findings import Evidence
-from gradguard.records import ParameterTable, StepRecord
+from gradguard.records import FloatArray, ParameterTable, StepRecord
 from gradguard.theory import backward_gain, critical_gain
 
 __all__ = ["LayerGain", "layer_gains", "single_sigmas", "theory_evidence", "weight_deviations", "wished_deviation"]
@@ -135,6 +135,24 @@ def layer_gains(record: StepRecord, rows: NDArray[np.intp]) -> tuple[LayerGain, 
                 )
             )
     return tuple(found)
+
+
+def deviations_before(record: StepRecord) -> FloatArray:
+    """Return by row of an activation the sigma_w of the layer whose very output it takes, NaN for all other rows.
+
+    Args:
+        record: An observation with ``weight_norm``, ``delta_norm`` and ``input_delta_norm``.
+    """
+    table, delta, given = record.layers, signal(record), signal(record, at="input_delta")
+    weights = weight_deviations(record)
+    found = np.full(len(table), math.nan)
+    before: int | None = None
+    for row, role in enumerate(table.roles):
+        if role == "affine":
+            before = row
+        elif role == "activation" and before is not None and _same(given[row], delta[before]):
+            found[row] = weights.get(table.names[before], math.nan)
+    return found
 
 
 @functools.cache  # 30 ms of numerics, asked at every judgement

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradguard.config import GuardConfig
-from gradguard.detectors._attribution import weight_deviations, wished_deviation
+from gradguard.detectors._attribution import deviations_before, weight_deviations, wished_deviation
 from gradguard.detectors._culprit import explain_depth
 from gradguard.detectors._depth import power, theil_sen_gain, trunk, weight_layers
 from gradguard.detectors._finding import make_finding
@@ -18,7 +18,7 @@ from gradguard.detectors._numbers import column, finite_median, signal
 from gradguard.detectors.depth import observed_spans
 from gradguard.findings import Cause, Evidence, Finding, Severity
 from gradguard.history import History
-from gradguard.records import LayerTable, StepRecord
+from gradguard.records import StepRecord
 
 __all__ = ["find_poor_initialization"]
 
@@ -33,6 +33,9 @@ in eleven healthy ones."""
 
 _TIMES_WANTED = 3.0
 """Times the scale that keeps the signal's size. Ours: healthy nets have at most 1.4 times."""
+
+_TIMES_ALONE = 5.0
+"""The same where there is one such activation. Ours: trained for thousands of steps to fit jumps they come to 4.9."""
 
 _FAR_ABOVE_CHANCE = 3.0
 """Times ln(classes) that a classifier's first loss must be for its first weights to be at fault beyond doubt. Source:
@@ -57,8 +60,8 @@ def find_poor_initialization(history: History, config: GuardConfig) -> Sequence[
     measured span was, and still is, beyond ``span_warning``, or where weights that are too large give a classifier a
     first loss of more than three times that of chance. Once training has halved the span nothing is said.
 
-    Weights in front of tanh and its like, be it one, of more than three times the scale that keeps the signal with them
-    are a warning, too, if those pass less than 0.45 of the gradient; a remark once the loss has clearly fallen.
+    Weights of more than three times the scale that tanh and its like keep the signal with, five times before a single
+    one, are a warning, too, if those pass less than 0.45 of the gradient; a remark once the loss has clearly fallen.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``delta_norm`` at step 0.
@@ -125,7 +128,8 @@ def _at_the_ends(history: History) -> Sequence[Finding]:
     """Find weights that drive activations which saturate on both sides to their flat ends."""
     record = history.records[0]
     table = record.layers
-    rows = [row for row, kind in enumerate(table.types) if kind in _TWO_ENDS]
+    deviations = deviations_before(record)
+    rows = [row for row, kind in enumerate(table.types) if kind in _TWO_ENDS and deviations[row] > 0.0]
     if not rows or "norm" in table.roles:
         return []
     given, delta = column(record, "input_delta_norm")[rows], column(record, "delta_norm")[rows]
@@ -133,14 +137,11 @@ def _at_the_ends(history: History) -> Sequence[Finding]:
         passed = finite_median(given / delta / np.array(table.derivative_bounds)[rows])
     if not passed < _PASSED:
         return []
-    known = weight_deviations(record)
-    before = {_layer_before(table, row) for row in rows}
-    deviations = {name: known[name] for name in table.names if name in known and name in before}
-    deviation = finite_median(np.array([*deviations.values()]))
+    deviation = finite_median(deviations[rows])
     wanted = wished_deviation(table.types[rows[0]])
-    if not deviation > _TIMES_WANTED * wanted:
+    if not deviation > (_TIMES_WANTED if len(rows) > 1 else _TIMES_ALONE) * wanted:
         return []
-    layers = tuple(deviations)
+    layers = tuple(name for name, role in zip(table.names[: rows[-1]], table.roles, strict=False) if role == "affine")
     return [
         make_finding(
             "GG403",
@@ -165,11 +166,6 @@ def _at_the_ends(history: History) -> Sequence[Finding]:
 
 def _activations(count: int) -> str:
     return "1 activation near its flat ends passes" if count == 1 else f"{count} activations near their flat ends pass"
-
-
-def _layer_before(table: LayerTable, row: int) -> str:
-    """Return the layer with weights whose outputs an activation is given: the head of a trained net may be large."""
-    return next((table.names[index] for index in range(row - 1, -1, -1) if table.roles[index] == "affine"), "")
 
 
 def _message(gain: float, layers: int, evidence: dict[str, Evidence]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradguard.config import GuardConfig
+from gradguard.detectors._attribution import deviations_before
 from gradguard.detectors._depth import TRUNK_ROLES
 from gradguard.detectors._episodes import BoolArray, last_episode
 from gradguard.detectors._finding import make_finding
@@ -28,13 +29,21 @@ _CUT = 0.02
 """The same below which what lies before is cut off. Ours: a tenth of what saturated layers pass that still learn."""
 
 _FIRST_SATURATED = 0.25
-"""Share of saturated units before any training, from which first weights or data are at fault. Ours: of 140 healthy
-runs with sigmoid or tanh none begins above 0.02 in a layer that passes less than 0.45, but one on raw features with one
-example per batch; 28 trained nets whose run begins anew have at most 0.19."""
+"""Share of saturated units before any training, from which first weights are at fault. Ours: of 140 healthy runs with
+sigmoid or tanh none begins above 0.02 in a layer that passes less than 0.45, but one on raw features with one example
+per batch; 28 trained nets whose run begins anew have at most 0.19, two that were trained for long on jumps 0.5."""
 
 _FIRST_PASSED = 0.3
 """The gain across the activation, as above, below which that costs the gradient. Ours: twelve small sick regressions
 begin at 0.15 to 0.29, and end at half to nine tenths of what their twins explain."""
+
+_FIRST_SCALE = 6.0
+"""Root mean square of the weights before tanh, times the root of fan-in, from which they are no trained ones; twice
+that before sigmoids, whose ends lie twice as far. Ours: trained on jumps for thousands of steps they come to 4.9, and
+to 8.3 before sigmoids; the sick ones have 8 to 40."""
+
+_SIGMOID_BOUND = 0.25
+"""Largest derivative of a sigmoid."""
 
 FAR_INPUT = 10.0
 """Largest entry of the input from which data, not weights, saturate the first layers. Ours: standardized data stay
@@ -47,12 +56,12 @@ def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Find
     Trained tanh and sigmoid nets hold saturated units in good health: that alone is no finding. Needed are more than
     ``saturated_fraction`` saturated units, a measured gain across the activation below a fifth of its largest
     derivative, both for ``update_patience`` consecutive observations, and a loss that is known not to fall. A layer
-    that was so at step 0, before any training, is held to milder limits: a quarter of its units, and a gain below 0.3.
-    While the loss is not known yet it is a warning where it was so at step 0, and INFO else. A loss that falls makes it
-    no finding, unless next to nothing passes a layer at all: then what falls is the work of the layers
-    behind it. An output activation, with no layer after it, is left out: it is meant to reach its ends. A check before
-    the first step speaks after one look. Tanh and sigmoid that code calls as functions right before a layer count as
-    well, in the row of that layer, by their derivatives alone.
+    that was so at step 0, behind weights far larger than trained ones, is held to milder limits: a quarter of its
+    units, and a gain below 0.3. While the loss is not known yet it is a warning where it was so at step 0, and INFO
+    else. A loss that falls makes it no finding, unless next to nothing passes a layer at all: then what falls is the
+    work of the layers behind it. An output activation, with no layer after it, is left out: it is meant to reach its
+    ends. A check before the first step speaks after one look. Tanh and sigmoid that code calls as functions right
+    before a layer count as well, in the row of that layer, by their derivatives alone.
 
     Args:
         history: Records of one optimizer, oldest first; needs ``saturated_fraction`` and ``delta_norm``.
@@ -70,7 +79,7 @@ def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Find
     ill = (saturated > config.saturated_fraction) & (passed < _PASSED)
     if history.steps[0] == 0:
         from_the_start = (saturated > _FIRST_SATURATED) & (passed < _FIRST_PASSED)
-        ill |= from_the_start & from_the_start[0]
+        ill |= from_the_start & from_the_start[0] & _too_large(history)
     ill &= inner
     known = np.asarray(np.isfinite(saturated).any(axis=1), dtype=np.bool_)
     patience = 1 if history.info.preflight else config.update_patience
@@ -114,6 +123,14 @@ def _saturated(history: History) -> FloatArray:
     """Return the share of saturated units, of activations and of functions before layers."""
     by_modules = history.layer("saturated_fraction")
     return np.where(np.isnan(by_modules), history.layer("input_saturated_share"), by_modules)
+
+
+def _too_large(history: History) -> BoolArray:
+    """Return by activation whether the weights before it are larger at first than training makes them."""
+    bounds = np.array(history.layers.derivative_bounds, dtype=np.float64)
+    limits = np.where(bounds > _SIGMOID_BOUND, _FIRST_SCALE, 2.0 * _FIRST_SCALE)
+    found: BoolArray = deviations_before(history.records[0]) > limits
+    return found
 
 
 def _before_a_layer(history: History) -> BoolArray:

@@ -9,13 +9,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from gradguard.monitors._describe import clean_name, describe
 from gradguard.remedies._applied import Applied
 from gradguard.remedies.initialization import initialize
+from gradguard.remedies.initialization._targets import layers_of, made_weight
 from gradguard.remedies.surgery._chain import chain
-from gradguard.remedies.surgery._functions import layers_around, replace_functions
+from gradguard.remedies.surgery._functions import layers_before, layers_behind, replace_functions
 from gradguard.remedies.surgery._ledger import Ledger
 from gradguard.remedies.surgery._operate import Edit, checked, operate
 from gradguard.remedies.surgery._survey import Survey, affine, chosen, survey
@@ -92,7 +95,8 @@ def replace_activations(  # noqa: PLR0913  # all are keywords with defaults
             hidden activations as functions; ``None`` for those above.
         initialize_layers: Draw the weights of the layers before and behind them anew, with the gain of the activation
             that follows: a stack with the weights of another does not keep the size of its signals, and a head that was
-            given 0 to 1 by a sigmoid is given more by ReLU. What was learnt there is lost.
+            given 0 to 1 by a sigmoid is given more by ReLU. What was learnt there is lost. Layers behind keep what they
+            have where they are frozen, tied, parametrized or zero.
         generator: Seed for the new weights.
         optimizer: The optimizer or optimizers; the state of weights drawn anew begins anew.
         dry_run: Say what would be done and change nothing.
@@ -143,7 +147,8 @@ def _plan(
     wanted = _SATURATING_FUNCTIONS if to == "relu" else _SATURATING_FUNCTIONS | _DYING_FUNCTIONS
     in_code = replace_functions(found, wanted, to.replace("-", "_"), named, _whole)
     edits, skipped = in_code.edits, in_code.skipped
-    layers = dict.fromkeys(layers_around(found, in_code.ops) if in_code.ops else ())
+    layers = dict.fromkeys(layers_before(found, in_code.ops) if in_code.ops else ())
+    behind = dict.fromkeys(layers_behind(found, in_code.ops) if in_code.ops else ())
     for raw, module in found.model.named_modules():
         name = clean_name(raw)
         if named is not None and all(module is not other for other in named.values()):
@@ -158,11 +163,28 @@ def _plan(
         if reason is not None:
             skipped[name] = reason
             continue
-        layers.update(dict.fromkeys(_layers_around(found, module)))
+        before, after = _layers_around(found, module)
+        layers.update(dict.fromkeys(before))
+        behind.update(dict.fromkeys(after))
         edits.append(
             Edit(words=f"{name}: {type(module).__name__} > {type(_NEW[to]()).__name__}", make=partial(_put, module, to))
         )
+    layers.update(dict.fromkeys(_free(found.model, behind, layers)))
     return edits, skipped, [name for name in (clean_name(raw) for raw, _ in found.layers()) if name in layers]
+
+
+def _free(model: nn.Module, behind: Iterable[str], before: Iterable[str]) -> list[str]:
+    """Return the layers behind that may be drawn anew: none that is frozen, tied, made by something else, or zero."""
+    known = dict(layers_of(model, None)[0])
+    taken = {id(known[name].weight) for name in before if name in known}
+    return [
+        name
+        for name in behind
+        if name in known
+        and not is_parametrized(known[name])
+        and id(known[name].weight) not in taken
+        and bool(torch.count_nonzero(made_weight(known[name])))
+    ]
 
 
 def _whole(found: Survey, module: nn.Module) -> bool:
@@ -209,15 +231,15 @@ def not_hidden(found: Survey, module: nn.Module) -> str | None:
     return None
 
 
-def _layers_around(found: Survey, module: nn.Module) -> list[str]:
+def _layers_around(found: Survey, module: nn.Module) -> tuple[list[str], list[str]]:
     """Return the layers whose output the activation takes, and those that take its own; past norms and the like."""
     if found.trace is None:
         order = [(name, m) for name, m in found.model.named_modules() if next(m.children(), None) is None or affine(m)]
         place = next(i for i, (_, m) in enumerate(order) if m is module)
         before, behind = ([clean_name(n) for n, m in part if affine(m)] for part in (order[:place], order[place:]))
-        return before[-1:] + behind[:1]
+        return before[-1:], behind[:1]
     ops = [op for op in found.trace.ops if found.owners.get(op.index, (None,))[0] is module]
-    return layers_around(found, ops)
+    return layers_before(found, ops), layers_behind(found, ops)
 
 
 def _put(module: nn.Module, to: ActivationName, kept: Ledger) -> nn.Module:

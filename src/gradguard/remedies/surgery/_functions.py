@@ -22,7 +22,7 @@ from gradguard.remedies.surgery._source import Source, UnreadableError, holds, r
 from gradguard.remedies.surgery._survey import Site, Survey
 from gradguard.remedies.surgery.rewritten import CallSite, Rewriting, author_class, rewritten
 
-__all__ = ["Functions", "layers_around", "layers_before", "replace_functions"]
+__all__ = ["Functions", "layers_before", "layers_behind", "replace_functions"]
 
 _RECURRENT = frozenset(
     {"gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell"}
@@ -267,15 +267,16 @@ def layers_before(found: Survey, ops: list[Op]) -> list[str]:
     return _nearest_layers(found, [index for op in ops for index in op.parents], lambda index: known[index].parents)
 
 
-def layers_around(found: Survey, ops: list[Op]) -> list[str]:
-    """Return those and the layers that take what the operations give."""
+def layers_behind(found: Survey, ops: list[Op]) -> list[str]:
+    """Return the layers that take what operations give, past the same."""
     assert found.trace is not None  # noqa: S101
     children: dict[int, list[int]] = {}
     for op in found.trace.ops:
         for parent in op.parents:
             children.setdefault(parent, []).append(op.index)
-    behind = [index for op in ops for index in children.get(op.index, ())]
-    return layers_before(found, ops) + _nearest_layers(found, behind, lambda index: children.get(index, ()))
+    return _nearest_layers(
+        found, [index for op in ops for index in children.get(op.index, ())], lambda index: children.get(index, ())
+    )
 
 
 def _nearest_layers(found: Survey, queue: list[int], following: Callable[[int], Iterable[int]]) -> list[str]:
