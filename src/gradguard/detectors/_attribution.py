@@ -137,21 +137,29 @@ def layer_gains(record: StepRecord, rows: NDArray[np.intp]) -> tuple[LayerGain, 
     return tuple(found)
 
 
-def deviations_before(record: StepRecord) -> FloatArray:
-    """Return by row of an activation the sigma_w of the layer whose very output it takes, NaN for all other rows.
+def layers_before(record: StepRecord) -> dict[int, int]:
+    """Return by row of an activation the row of the layer whose very output it takes; others are left out.
 
     Args:
-        record: An observation with ``weight_norm``, ``delta_norm`` and ``input_delta_norm``.
+        record: An observation with ``delta_norm`` and ``input_delta_norm``.
     """
-    table, delta, given = record.layers, signal(record), signal(record, at="input_delta")
-    weights = weight_deviations(record)
-    found = np.full(len(table), math.nan)
+    delta, given = signal(record), signal(record, at="input_delta")
+    found: dict[int, int] = {}
     before: int | None = None
-    for row, role in enumerate(table.roles):
+    for row, role in enumerate(record.layers.roles):
         if role == "affine":
             before = row
         elif role == "activation" and before is not None and _same(given[row], delta[before]):
-            found[row] = weights.get(table.names[before], math.nan)
+            found[row] = before
+    return found
+
+
+def deviations_before(record: StepRecord) -> FloatArray:
+    """Return by row of an activation the sigma_w of the layer whose very output it takes, NaN for all other rows."""
+    weights, names = weight_deviations(record), record.layers.names
+    found = np.full(len(names), math.nan)
+    for row, before in layers_before(record).items():
+        found[row] = weights.get(names[before], math.nan)
     return found
 
 

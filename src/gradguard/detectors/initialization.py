@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradguard.config import GuardConfig
-from gradguard.detectors._attribution import deviations_before, weight_deviations, wished_deviation
+from gradguard.detectors._attribution import deviations_before, layers_before, weight_deviations, wished_deviation
 from gradguard.detectors._culprit import explain_depth
 from gradguard.detectors._depth import power, theil_sen_gain, trunk, weight_layers
 from gradguard.detectors._finding import make_finding
@@ -141,7 +141,8 @@ def _at_the_ends(history: History) -> Sequence[Finding]:
     wanted = wished_deviation(table.types[rows[0]])
     if not deviation > (_TIMES_WANTED if len(rows) > 1 else _TIMES_ALONE) * wanted:
         return []
-    layers = tuple(name for name, role in zip(table.names[: rows[-1]], table.roles, strict=False) if role == "affine")
+    before = layers_before(record)
+    layers = tuple(dict.fromkeys(table.names[before[row]] for row in rows))
     return [
         make_finding(
             "GG403",
