@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import gradguard
 from gradguard.config import GuardConfig
 from gradguard.detectors.dead_units import find_dead_units
 from gradguard.detectors.saturated_units import find_saturated_units
@@ -290,6 +293,41 @@ def test_milder_saturation_at_the_start_of_a_run_that_goes_on_is_none_of_first_w
     history = saturated(tanh(losses=flat(101), steps=tuple(range(100, 200, 10))), 0.4, 0.25, 3)
 
     assert find_saturated_units(history, CONFIG) == []
+
+
+class Late(nn.Module):
+    """A tanh net, one of whose layers does not run at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.squash, self.bend, self.steps = nn.Tanh(), nn.Tanh(), 0
+        nn.init.normal_(self.first.weight, std=20.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return one value."""
+        hidden = self.squash(self.first(x))
+        hidden = self.bend(self.late(hidden)) if self.steps else hidden
+        self.steps += 1
+        value: torch.Tensor = self.last(hidden)
+        return value
+
+
+def test_layers_that_run_only_later_have_no_first_weights() -> None:
+    """As under stochastic depth, or of experts that are chosen by the data."""
+    torch.manual_seed(0)
+    model = Late()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    with gradguard.watch(model, optimizer, on_error="raise", on_finding="silent") as guard:
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss = model(torch.randn(16, 4)).square().mean()
+            loss.backward()
+            guard.record(loss=loss)
+            optimizer.step()
+        codes = {finding.code: finding.layers for finding in guard.diagnose().findings}
+
+    assert codes.get("GG302") == ("squash",)
 
 
 def test_an_output_activation_may_saturate() -> None:

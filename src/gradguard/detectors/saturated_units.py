@@ -126,10 +126,15 @@ def _saturated(history: History) -> FloatArray:
 
 
 def _too_large(history: History) -> BoolArray:
-    """Return by activation whether the weights before it are larger at first than training makes them."""
+    """Return by activation whether the weights before it are larger at first than training makes them.
+
+    A layer that did not run at the first step has no first weights.
+    """
+    first = history.records[0]
+    known = dict(zip(first.layers.names, deviations_before(first), strict=True))
+    scales = np.array([known.get(name, math.nan) for name in history.layers.names], dtype=np.float64)
     bounds = np.array(history.layers.derivative_bounds, dtype=np.float64)
-    limits = np.where(bounds > _SIGMOID_BOUND, _FIRST_SCALE, 2.0 * _FIRST_SCALE)
-    found: BoolArray = deviations_before(history.records[0]) > limits
+    found: BoolArray = scales > np.where(bounds > _SIGMOID_BOUND, _FIRST_SCALE, 2.0 * _FIRST_SCALE)
     return found
 
 
