@@ -34,7 +34,7 @@ def with_sizes(history: History, finding: Finding) -> Finding:
         history: Records of one optimizer.
         finding: One that a detector made of them.
 
-    Source: twice the usual norm to clip at: Pascanu, Mikolov, Bengio (2013), ICML, section 3.2. Rates: ours; a group
+    Source: the usual norm to clip at: Pascanu, Mikolov, Bengio (2013), ICML, section 3.2. Rates: ours; a group
         at a hundred times the rate of the others, and a rate that climbs a thousandfold, are cured by lowering those,
         and by nothing else that a trial can do.
     """
