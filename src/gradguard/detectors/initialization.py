@@ -128,10 +128,11 @@ def _at_the_ends(history: History) -> Sequence[Finding]:
     """Find weights that drive activations which saturate on both sides to their flat ends."""
     record = history.records[0]
     table = record.layers
-    deviations = deviations_before(record)
-    rows = [row for row, kind in enumerate(table.types) if kind in _TWO_ENDS and deviations[row] > 0.0]
+    rows = [row for row, kind in enumerate(table.types) if kind in _TWO_ENDS]
     if not rows or "norm" in table.roles:
         return []
+    deviations = deviations_before(record)
+    rows = [row for row in rows if deviations[row] > 0.0]
     given, delta = column(record, "input_delta_norm")[rows], column(record, "delta_norm")[rows]
     with np.errstate(divide="ignore", invalid="ignore"):
         passed = finite_median(given / delta / np.array(table.derivative_bounds)[rows])

@@ -79,7 +79,8 @@ def find_saturated_units(history: History, config: GuardConfig) -> Sequence[Find
     ill = (saturated > config.saturated_fraction) & (passed < _PASSED)
     if history.steps[0] == 0:
         from_the_start = (saturated > _FIRST_SATURATED) & (passed < _FIRST_PASSED)
-        ill |= from_the_start & from_the_start[0] & _too_large(history)
+        if from_the_start[0].any():
+            ill |= from_the_start & from_the_start[0] & _too_large(history)
     ill &= inner
     known = np.asarray(np.isfinite(saturated).any(axis=1), dtype=np.bool_)
     patience = 1 if history.info.preflight else config.update_patience
